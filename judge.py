@@ -1,0 +1,872 @@
+"""judge.py: what an instruction asks for and whether an answer gives it.
+
+In this order: reading the Instructor's JSON; the rules (IFEval's 25 verifiable instructions: recognise one in plain
+English, check an answer against it); the Filter; the Judger; the two rewards; the prompts of the four roles.
+
+Where code can decide a constraint, code decides it; the rest goes to the model in the evaluator's role, whose verdict
+is read from P(yes) against P(no) of the next token. It knows nothing of turns or training (seif.py) and asks of
+rl.Policy only encode, decode, generate and yes_probability.
+
+Sources: IFEval (Zhou et al. 2023, arXiv 2311.07911) for the ids, kwargs and what they mean; SEIF (arXiv 2605.07465)
+for roles and rewards. A verdict is 1.0, 0.0 or None: None is missing, and never counts as a "no".
+"""
+
+import json
+import math
+import random
+import re
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+from rl import Policy, UserError
+
+try:
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0  # it samples; the same text must get the same language
+except ImportError:  # optional: without it language constraints stay undecided
+    langdetect = None
+
+PROMPTS = Path(__file__).parent / "prompts"
+KINDS = {"hard": 3, "soft": 5}  # constraints asked for (SEIF section 3.1): machine-checkable ones, open ones
+MAX_CONSTRAINT_CHARS = 300  # longer "constraints" are answers or restated seeds
+WORDS_PER_TOKEN = 0.75  # English, so that "at least 500 words" is not asked of a 128-token answer
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of q_T: a seed question and the constraints an Instructor added to it."""
+
+    seed: str
+    kind: str
+    constraints: tuple[str, ...]
+
+    @property
+    def instruction(self) -> str:
+        """What the Follower is asked: the seed, then one constraint a line."""
+        return self.seed + "\n" + "\n".join(self.constraints)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer satisfies one constraint, and who says so."""
+
+    value: float | None
+    by: str  # "rule" or "judger"
+
+
+# ---------------------------------------------------------------- the Instructor's JSON
+
+
+def _unique(pairs: list) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)
+
+
+def parse_constraints(text: str, count: int) -> tuple[list[str], str]:
+    """The proposal {"c1": ..., "c<count>": ...}, bare, fenced or amid chatter -> (constraints, "") or ([], reason).
+
+    Reasons: "no json", "wrong keys" (the keys must be c1 to c<count>, which also fixes the number), "not text".
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    for brace in list(re.finditer("{", text[:20_000]))[:20]:
+        try:
+            proposal, _ = decoder.raw_decode(text[: 20_000], brace.start())
+        except (ValueError, RecursionError):
+            continue
+        if list(proposal) != [f"c{i}" for i in range(1, count + 1)]:
+            return [], "wrong keys"
+        if not all(isinstance(c, str) and c.strip() for c in proposal.values()):
+            return [], "not text"
+        return [" ".join(c.split()) for c in proposal.values()], ""
+    return [], "no json"
+
+
+# ---------------------------------------------------------------- rules: checking an answer
+
+
+def _relates(value: int, relation: str, bound: int, upper: int | None = None) -> bool:
+    """IFEval has "at least" and "less than"; the others are what Instructors also write."""
+    return {
+        "at least": value >= bound,
+        "less than": value < bound,
+        "at most": value <= bound,
+        "more than": value > bound,
+        "exactly": value == bound,
+        "between": upper is not None and bound <= value <= upper,
+    }[relation]
+
+
+ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "vs", "e.g", "i.e", "etc", "fig", "no", "inc"}
+
+
+def count_sentences(text: str) -> int:
+    """Sentences as nltk's punkt counts them, near enough: ends at . ? !, not after an abbreviation or an initial."""
+    count, rest = 0, 0
+    for match in re.finditer(r"(\S*?)([.?!]+)([\"')\]}*”’]*)(?=\s+(\S)|\s*$)", text):
+        word, mark, follower = match[1].lstrip("\"'([{*“").lower(), match[2], match[4]
+        if follower and mark.endswith("."):
+            ellipsis = mark.startswith("..") and not {"?", "!"} & set(mark)
+            number = word.isdigit() and not follower.isupper()
+            initial = len(word) == 1 and word.isalpha()
+            if ellipsis or number or initial or word in ABBREVIATIONS:
+                continue
+        count, rest = count + 1, match.end()
+    return count + bool(text[rest:].strip())
+
+
+def count_capital_words(text: str) -> int:
+    """Tokens in capitals, split as the Penn Treebank does (contractions apart, hyphens together)."""
+    tokens = re.split(r"""[\s,;:@#$%&?!()\[\]{}<>"`]|--|''""", text)
+    parts = (part for token in tokens for part in re.sub(r"(N'T|'(?:S|M|D|LL|RE|VE))$", r" \1", token).split())
+    return sum(part.isupper() for part in parts)
+
+
+def _language(text: str) -> str | None:
+    """The detected ISO code; None where it cannot be told."""
+    if langdetect is None:
+        return None
+    try:
+        return langdetect.detect(text[:5000])
+    except langdetect.lang_detect_exception.LangDetectException:
+        return None
+
+
+def _in_english(text: str) -> bool:
+    return _language(text) in (None, "en")
+
+
+def _is_json(text: str) -> bool:
+    text = re.sub(r"^```(?:json)?", "", text.strip(), flags=re.IGNORECASE).removesuffix("```").strip()
+    try:
+        json.loads(text)
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+def _count_highlights(text: str) -> int:
+    single = [h for h in re.findall(r"\*([^\n*]*)\*", text) if h.strip()]
+    double = [h for h in re.findall(r"\*\*([^\n*]*)\*\*", text) if h.strip()]
+    return len(single) + len(double)
+
+
+def _split_filled(text: str, divider: str) -> int | None:
+    """Parts between dividers; empty ones may stand at the ends only, else None."""
+    parts = [part.strip() for part in re.split(divider, text)]
+    return sum(map(bool, parts)) if all(parts[1:-1]) else None
+
+
+def _two_responses(text: str) -> bool:
+    parts = [p.strip() for p in text.split("******")]
+    filled = [p for p in parts if p]
+    return all(parts[1:-1]) and len(filled) == 2 and filled[0] != filled[1]
+
+
+def _nth_paragraph_starts(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    paragraphs = re.split(r"\n\n", text)
+    filled = sum(bool(p.strip()) for p in paragraphs)
+    if not 1 <= nth_paragraph <= filled or not (words := paragraphs[nth_paragraph - 1].split()):
+        return False
+    word = re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'))[0]
+    return filled == num_paragraphs and word.lower() == first_word.lower()
+
+
+def _has_postscript(text: str, marker: str) -> bool:
+    spaced = {"p.p.s": r"p\.\s?p\.\s?s", "p.s.": r"p\.\s?s\."}
+    return bool(re.search(spaced.get(marker.lower(), re.escape(marker.lower())), text.lower()))
+
+
+def _count(word: str, text: str) -> int:
+    return len(re.findall(re.escape(word), text, re.IGNORECASE))
+
+
+def _outside(word: str, text: str) -> bool:
+    return not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)
+
+
+def _quoted(text: str) -> bool:
+    return len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"'
+
+
+# id -> check(text, kwargs). Kwargs names are IFEval's; "relation", where IFEval has none, may widen an exact count.
+RULES = {
+    "change_case:capital_word_frequency": lambda t, k: _relates(
+        count_capital_words(t), k["capital_relation"], k["capital_frequency"]
+    ),
+    "change_case:english_capital": lambda t, k: t.isupper() and _in_english(t),
+    "change_case:english_lowercase": lambda t, k: t.islower() and _in_english(t),
+    "combination:repeat_prompt": lambda t, k: (
+        t.strip().lower().startswith(k["prompt_to_repeat"].strip().lower()) if "prompt_to_repeat" in k else None
+    ),
+    "combination:two_responses": lambda t, k: _two_responses(t),
+    "detectable_content:number_placeholders": lambda t, k: _relates(
+        len(re.findall(r"\[[^\]\n]*\]", t)), k.get("relation", "at least"), k["num_placeholders"]
+    ),
+    "detectable_content:postscript": lambda t, k: _has_postscript(t, k["postscript_marker"]),
+    "detectable_format:constrained_response": lambda t, k: any(
+        option in t for option in k.get("options", ("My answer is yes.", "My answer is no.", "My answer is maybe."))
+    ),
+    "detectable_format:json_format": lambda t, k: _is_json(t),
+    "detectable_format:multiple_sections": lambda t, k: (
+        len(re.findall(rf"{re.escape(k['section_spliter'])}\s?\d+", t)) >= k["num_sections"]
+    ),
+    "detectable_format:number_bullet_lists": lambda t, k: _relates(
+        len(re.findall(r"^\s*\*[^*\n].*$", t, re.MULTILINE)) + len(re.findall(r"^\s*-.*$", t, re.MULTILINE)),
+        k.get("relation", "exactly"),
+        k["num_bullets"],
+    ),
+    "detectable_format:number_highlighted_sections": lambda t, k: _relates(
+        _count_highlights(t), k.get("relation", "at least"), k["num_highlights"]
+    ),
+    "detectable_format:title": lambda t, k: any(m.strip("<> ") for m in re.findall(r"<<[^\n]+>>", t)),
+    "keywords:existence": lambda t, k: all(_count(word, t) for word in k["keywords"]),
+    "keywords:forbidden_words": lambda t, k: all(_outside(word, t) for word in k["forbidden_words"]),
+    "keywords:frequency": lambda t, k: _relates(_count(k["keyword"], t), k["relation"], k["frequency"]),
+    "keywords:letter_frequency": lambda t, k: _relates(
+        t.lower().count(k["letter"].lower()), k["let_relation"], k["let_frequency"]
+    ),
+    "language:response_language": lambda t, k: None if (code := _language(t)) is None else code == k["language"],
+    "length_constraints:nth_paragraph_first_word": lambda t, k: _nth_paragraph_starts(t, **k),
+    "length_constraints:number_paragraphs": lambda t, k: (
+        (n := _split_filled(t, r"\s?\*\*\*\s?")) is not None
+        and _relates(n, k.get("relation", "exactly"), k["num_paragraphs"])
+    ),
+    "length_constraints:number_sentences": lambda t, k: _relates(count_sentences(t), k["relation"], k["num_sentences"]),
+    "length_constraints:number_words": lambda t, k: _relates(
+        len(re.findall(r"\w+", t)), k["relation"], k["num_words"], k.get("max_words")
+    ),
+    "punctuation:no_comma": lambda t, k: "," not in t,
+    "startend:end_checker": lambda t, k: t.strip().strip('"').lower().endswith(k["end_phrase"].strip().lower()),
+    "startend:quotation": lambda t, k: _quoted(t),
+}
+
+
+def check(instruction_id: str, kwargs: dict, response: str) -> bool | None:
+    """Whether the response follows one verifiable instruction; None where that cannot be told (language)."""
+    if not response.strip():
+        return False
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    return RULES[instruction_id](response, kwargs)
+
+
+def check_loose(instruction_id: str, kwargs: dict, response: str) -> bool | None:
+    """IFEval's loose verdict: followed by the response or by it without asterisks, first line or last line."""
+    lines = response.split("\n")
+    cuts = [lines, lines[1:], lines[:-1], lines[1:-1]]
+    texts = ["\n".join(cut).strip() if cut is not lines else response for cut in cuts]
+    texts += [text.replace("*", "") for text in texts]
+    verdicts = [check(instruction_id, kwargs, text) for text in texts if text.strip()]
+    return None if None in verdicts and True not in verdicts else any(verdicts)
+
+
+# ---------------------------------------------------------------- rules: recognising a constraint in plain English
+#
+# First the sentence is brought to a short canonical form: quoted strings become Q, numbers digits, "no fewer than five"
+# >=5, and the wrapping goes ("Your answer must contain ...", "... in your response."). Then one pattern must match ALL
+# of what is left. So what is only half understood is not recognised: "3 bullet points, each under 10 words" leaves a
+# rest, and goes to the Judger.
+
+_DIGITS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
+_DIGITS |= {"fifteen": 15, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "a single": 1, "hundred": 100}
+_NUMBER = rf"(\d{{1,5}}|{'|'.join(_DIGITS)})\b"
+_RELATIONS = {
+    ">=": r"(?:at least|at minimum|no fewer than|no less than|not less than|not fewer than|a minimum of|minimum)",
+    "<=": r"(?:at most|no more than|not more than|up to|a maximum of|maximum|not exceed|not exceeding|limited to)",
+    "==": r"(?:exactly|precisely|only|just)",
+    "<": r"(?:less than|fewer than|under|below)",
+    ">": r"(?:more than|over|above)",
+}
+_NAMES = {">=": "at least", "<=": "at most", "==": "exactly", "<": "less than", ">": "more than"}
+_QUOTE = re.compile(r"""(?<!\w)(?:"([^"]{1,200})"|'((?:[^']|(?<=\w)'(?=\w)){1,200})'|`([^`]{1,200})`)(?!\w)""")
+_TEXT = (
+    r"(?:(?:the|your|this) )?(?:(?:entire|whole|full|final|complete|overall|generated) )*"
+    r"(?:response|answer|output|reply|text)"
+)
+_MODAL = r"(?:must|should|shall|has to|needs to|need to|is to|will|can|may)"
+_VERB = (
+    r"(?:contain|include|have|use|feature|consist of|comprise|incorporate|present|provide|give|add|insert|mention"
+    r"|be written (?:in|with|using)|be composed of|be|write|answer with|respond with|limit to|keep to)"
+)
+_NOT = (
+    r"(?:(?:do not|don't|must not|should not|not|never) (?:contain|include|have|use|mention|employ)|avoid(?: using| the use of)?"
+    r"|refrain from(?: using| the use of| including)?|exclude|omit|no)"
+)
+_LEAD = re.compile(
+    rf"^(?:please |ensure (?:that )?|make sure (?:that )?|in {_TEXT},? |(?:the )?(?:word count|response length|length): )+"
+)
+_TAIL = re.compile(rf",? (?:in|within|of|throughout|anywhere in|somewhere in|for|from) (?:{_TEXT}|total|length|your writing)$")
+_SUBJECT = re.compile(rf"^(?:{_TEXT} {_MODAL} |there (?:must|should) be |{_TEXT} (?=contains|includes|is ))")
+_N = r"(>=|<=|==|<|>)?(\d+)"
+_MARKDOWN = r"(?: (?:with|using|in|in the form of) (?:the )?markdown(?: \w+)?)?"
+_SUCH = r"(?:,? (?:such as|like|e\.g\.|i\.e\.|for example)[:,]? .*)?"
+ORDINALS = ("first", "second", "third", "fourth", "fifth")
+_LANGUAGES = dict(
+    zip(
+        "english spanish french german italian portuguese dutch russian polish ukrainian bulgarian czech swedish danish "
+        "norwegian finnish hungarian greek turkish arabic persian hebrew hindi bengali marathi gujarati punjabi tamil "
+        "telugu kannada malayalam nepali urdu thai vietnamese indonesian swahili korean japanese romanian".split(),
+        "en es fr de it pt nl ru pl uk bg cs sv da no fi hu el tr ar fa he hi bn mr gu pa ta te kn ml ne ur th vi id sw "
+        "ko ja ro".split(),
+    )
+)
+
+
+def _canonical(sentence: str) -> tuple[str, list[str]]:
+    """The sentence in canonical form, and its quoted strings in order."""
+    quotes: list[str] = []
+
+    def keep(match):
+        text = next(group for group in match.groups() if group)
+        if not text.strip("* "):
+            return text.strip()  # a divider, not a word
+        quotes.append(text.strip())
+        return "Q"
+
+    text = re.sub(r"[‘’]", "'", re.sub(r"[“”]", '"', " ".join(sentence.split())))
+    # Two of IFEval's own sentences name a phrase or a word without quotes.
+    text = re.sub(r"(this exact phrase )([^\"'`].*?)\.? (?=No other words)", r"\1`\2` ", text)
+    text = re.sub(r"(?<=each section with )(\w+)(?= X\b)", r"`\1`", text)
+    text = _QUOTE.sub(keep, re.sub(r"^[-*\d.)]+ ", "", text))
+    text = re.sub(r"[A-Z]+", lambda m: m[0] if m[0] == "Q" else m[0].lower(), text)
+    text = re.sub(r"\[(Q(?:, Q)*)\]", r"\1", text).rstrip(" .!")
+    text = re.sub(r"Q(?:,? and Q|, Q|, & Q)+", "Q", text)
+    text = re.sub(rf"\b(?:between|from) {_NUMBER} (?:and|to) {_NUMBER}", _digits("{}..{}"), text)
+    text = re.sub(rf"\b(\d+)(?:-| to ){_NUMBER}(?= words?\b)", _digits("{}..{}"), text)
+    for sign, phrase in _RELATIONS.items():
+        text = re.sub(rf"\b{phrase} {_NUMBER}", _digits(sign + "{}"), text)
+    text = re.sub(rf"(?<![=<>.]){_NUMBER} or more\b", _digits(">={}"), text)
+    text = re.sub(rf"(?<![=<>.]){_NUMBER} or (?:fewer|less)\b", _digits("<={}"), text)
+    text = re.sub(rf"\b{_NUMBER}(?= [a-z])", _digits("{}"), text)
+    text = _SUBJECT.sub("", _TAIL.sub("", _LEAD.sub("", text)))
+    text = re.sub(rf"^{_NOT} ", "NOT ", text)
+    return re.sub(rf"^{_VERB} ", "", text), quotes
+
+
+def _digits(form: str):
+    return lambda match: form.format(*(_DIGITS.get(group, group) for group in match.groups()))
+
+
+def _numeric(instruction_id: str, number: str, relation: str = "relation", implied: str = "", bare: str = "exactly"):
+    """A builder for counts. `implied` is the relation that IFEval's id has built in and its kwargs do not name."""
+
+    def build(match, quotes):
+        name = _NAMES[match[1]] if match[1] else bare
+        return instruction_id, {number: int(match[2])} | ({} if name == implied else {relation: name})
+
+    return build
+
+
+def _frequency(match, quotes):
+    """The word X ... <count> times; several words would need several rules."""
+    groups = match.groupdict()
+    words = quotes if "Q" in match[0] else [groups["bare"]]
+    times = {"once": 1, "twice": 2}.get(groups["adverb"] or "") or int(groups["n"])
+    name = {"at least ": "at least", "exactly ": "exactly", "": "exactly"}[groups["how"] or ""]
+    name = _NAMES[groups["sign"]] if groups["sign"] else name
+    return ("keywords:frequency", {"keyword": words[0], "frequency": times, "relation": name}) if len(words) == 1 else None
+
+
+def _letter(match, quotes):
+    letter = quotes[0] if quotes else match["bare"]
+    kwargs = {"letter": letter.lower(), "let_frequency": int(match["n"]), "let_relation": _NAMES[match["sign"] or "=="]}
+    return ("keywords:letter_frequency", kwargs) if len(letter) == 1 and letter.isalpha() else None
+
+
+def _language_rule(match, quotes):
+    code = _LANGUAGES.get(match[1])
+    return ("language:response_language", {"language": code}) if code else None
+
+
+_TIMES = r"(?:(?P<how>at least |exactly )?(?P<adverb>once|twice)|(?P<sign>>=|<=|==|<|>)?(?P<n>\d+) times)"
+_CAPITALS = r"(?:in )?(?:all[- ])?(?:capital(?: letters)?|capitalized|caps|uppercase(?: letters)?|capitals)"
+_LOWER = r"(?:in )?(?:(?:all|only) )?(?:lowercase|small|lower case|lower-case)(?: letters)?"
+_NO_CAPS = r"(?:[.;,]? (?:with )?no (?:capital|uppercase) letters(?: are)?(?: allowed)?)?"
+_FORMS = r"(?:(?:wrapped|formatted|presented|returned|given|provided|valid|output) )?(?:in |as |into )?(?:a )?(?:valid )?json(?: format| object)?"
+_HOLD = r"(?:markdown )?(?:dividers?:? )?\*\*\*(?: \(.*\))?(?: (?:as )?(?:dividers?|separators?))?"
+# (pattern over the canonical form, builder or fixed rule), tried in order
+PATTERNS = [
+    (rf"{_N} words?(?: long| in length)?", _numeric("length_constraints:number_words", "num_words")),
+    (rf"(?:a )?(?:total )?(?:word count|length) of {_N}(?: words?)?", _numeric("length_constraints:number_words", "num_words")),
+    (rf"{_N}(?: words)? in length", _numeric("length_constraints:number_words", "num_words")),
+    (
+        r"(\d+)\.\.(\d+) words?(?: long| in length)?",
+        lambda m, q: (
+            "length_constraints:number_words",
+            {"num_words": int(m[1]), "max_words": int(m[2]), "relation": "between"},
+        ),
+    ),
+    (rf"{_N} (?:complete )?sentences?(?: long| in length)?", _numeric("length_constraints:number_sentences", "num_sentences")),
+    (
+        rf"{_N} paragraphs?,?(?: and (?:they|the paragraphs) (?:must|should) be|\. paragraphs are)?"
+        rf" (?:separated|divided) (?:with|by|using) (?:the )?{_HOLD}",
+        _numeric("length_constraints:number_paragraphs", "num_paragraphs", implied="exactly"),
+    ),
+    (
+        rf"{_N} (?:markdown )?bullet(?: point)?s?(?:,? (?:using|in|with|formatted (?:as|with)) (?:the )?(?:markdown)"
+        r"(?: bullets?| bullet points?| format| syntax)?(?: (?:starting|beginning) with (?:\*|-|Q))?"
+        r"(?:,? (?:such as|like)[: ].*)?)?(?:\. use (?:the )?markdown bullet points such as: .*)?",
+        _numeric("detectable_format:number_bullet_lists", "num_bullets", implied="exactly"),
+    ),
+    (
+        rf"{_N} (?:distinct |different )?placeholders?,?(?: represented| enclosed| wrapped)?(?: by| in| within| with)"
+        rf" (?:square )?brackets{_SUCH}",
+        _numeric("detectable_content:number_placeholders", "num_placeholders", implied="at least", bare="at least"),
+    ),
+    (
+        rf"highlight {_N} (?:sections?|parts?|phrases?)(?: (?:in|of|within) {_TEXT})?{_MARKDOWN}{_SUCH}",
+        _numeric("detectable_format:number_highlighted_sections", "num_highlights", implied="at least", bare="at least"),
+    ),
+    (
+        rf"{_N} (?:highlighted sections?|sections? highlighted){_MARKDOWN}{_SUCH}",
+        _numeric("detectable_format:number_highlighted_sections", "num_highlights", implied="at least", bare="at least"),
+    ),
+    (
+        r"(?:==)?(\d+) sections?[.,;]? (?:and )?(?:mark|with|each marked|marking|marked)(?: the)?(?: beginning of each section)?"
+        r"(?: (?:with|by|as))? Q x(?:, such as:? .*)?",
+        lambda m, q: (
+            "detectable_format:multiple_sections",
+            {"section_spliter": q[0], "num_sections": int(m[1])},
+        ),
+    ),
+    (
+        rf"(?:an? )?(?:explicit )?title,? (?:wrapped|enclosed|written) (?:in|with|within) double ang(?:le|ular) brackets{_SUCH}",
+        ("detectable_format:title", {}),
+    ),
+    (
+        r"(?:at the end(?: of .{1,20})?, )?(?:please )?(?:explicitly )?(?:end with |conclude with |add )?a postscript"
+        r"(?: at the end)?,? (?:starting|beginning|marked|that (?:starts|begins)) (?:with|by) (?:Q|(p\.p\.s|p\.s)\.?)"
+        r"(?: at the end(?: of .{1,20})?)?",
+        lambda m, q: _postscript(q, m[1]),
+    ),
+    (
+        rf"(?:be )?{_FORMS}(?:\. you can use markdown ticks such as ```)?(?:,? wrapped in markdown code fences)?",
+        ("detectable_format:json_format", {}),
+    ),
+    (
+        rf"(?:entirely )?(?:in )?(?:english,? (?:and )?)?{_CAPITALS}",
+        ("change_case:english_capital", {}),
+    ),
+    (
+        rf"(?:entirely )?(?:in )?(?:english,? (?:and |using )?)?{_LOWER}{_NO_CAPS}",
+        ("change_case:english_lowercase", {}),
+    ),
+    (
+        rf"{_N} words? {_CAPITALS}",
+        _numeric("change_case:capital_word_frequency", "capital_frequency", "capital_relation"),
+    ),
+    (
+        rf"words with all capital letters should appear {_N} times",
+        _numeric("change_case:capital_word_frequency", "capital_frequency", "capital_relation"),
+    ),
+    (r"NOT (?:(?:the use of )?any )?(?:commas|comma)(?: at all)?|commas", ("punctuation:no_comma", {})),
+    (
+        r"(?:wrapped|wrap|enclosed|enclose)(?: .{1,25})? (?:in|with|within) double quot(?:ation|e)s?(?: marks)?",
+        ("startend:quotation", {}),
+    ),
+    (
+        r"(?:the )?(?:following )?(?:specific )?(?:key ?)?(?:words?|phrases?|terms?|keywords?)?:? ?Q(?: (?:>=1 times|at least once))?",
+        lambda m, q: ("keywords:existence", {"keywords": q}),
+    ),
+    (
+        r"NOT (?:the )?(?:following )?(?:any of the )?(?:key ?)?(?:words?|phrases?|terms?|keywords?)?:? ?Q",
+        lambda m, q: ("keywords:forbidden_words", {"forbidden_words": q}),
+    ),
+    (
+        rf"(?:the )?(?:key ?)?(?:word|phrase|term) (?:Q|(?P<bare>\w+))(?: (?:{_MODAL} )?(?:appear|appears|be used|be mentioned))? {_TIMES}",
+        _frequency,
+    ),
+    (
+        rf"(?:>=)?(?P<n>\d+) (?:occurrences|instances|mentions) of (?:the )?(?:word|phrase|term)s? (?:Q|(?P<bare>\w+))"
+        r"(?P<how>)(?P<adverb>)(?P<sign>)",
+        lambda m, q: (
+            ("keywords:frequency", {"keyword": q[0] if q else m["bare"], "frequency": int(m["n"]), "relation": "at least"})
+            if ">=" in m[0] and len(q) < 2
+            else None
+        ),
+    ),
+    (
+        rf"(?:the )?letter (?:Q|(?P<bare>[a-z]))(?: (?:{_MODAL} )?(?:appear|be used))? (?P<sign>>=|<=|==|<|>)?(?P<n>\d+) times",
+        _letter,
+    ),
+    (
+        r"(?:finish|end|conclude)(?: .{1,14})? with (?:the|this)(?: exact)?(?: phrase| sentence| words)?:? ?Q"
+        r"(?:[.,;]? no (?:other )?(?:words|text|content)? ?(?:should|must|may) follow (?:this phrase|it|after it))?",
+        lambda m, q: ("startend:end_checker", {"end_phrase": q[0]}) if len(q) == 1 else None,
+    ),
+    (
+        r"(?:entirely |completely |only )?(?:in )?(?:the )?(\w+)(?: language)?(?:,? (?:and )?no other language is allowed)?",
+        _language_rule,
+    ),
+    (
+        r"(?:first,? )?repeat the request word[ -]for[ -]word(?: without (?:any )?changes?)?,? (?:then|before|and then) .*",
+        ("combination:repeat_prompt", {}),  # the request is the seed: rule_verdict fills it in
+    ),
+    (
+        rf"(?:==)?(\d+) paragraphs.{{0,120}}?[.,] (?:and )?(?:the )?(?:paragraph (\d+)|({'|'.join(ORDINALS)}) paragraph)"
+        r" (?:must|should) (?:start|begin) with (?:the )?(?:word )?(?:Q|(\w+))",
+        lambda m, q: _nth_paragraph(m, q),
+    ),
+    (
+        r"(?:give|==)? ?2 (?:different|distinct) responses(?:[.,;]| which are|, )* ?(?:responses and only responses should be )?"
+        r"separated by (?:==)?6 asterisk(?: symbol)?s:? ?\*{6}",
+        ("combination:two_responses", {}),
+    ),
+    (
+        r"(?:1|one) of the following options: .{0,3}Q.{0,3}",
+        lambda m, q: ("detectable_format:constrained_response", {"options": q}),
+    ),
+]
+PATTERNS = [(re.compile(pattern), rule) for pattern, rule in PATTERNS]
+
+
+def _nth_paragraph(match, quotes):
+    nth = int(match[2]) if match[2] else ORDINALS.index(match[3]) + 1
+    word = match[4] or quotes[-1]
+    # IFEval divides these paragraphs by blank lines; with *** in the sentence it is another rule.
+    if "***" in match[0] or len(quotes) > 2 or not word.isalnum():
+        return None
+    kwargs = {"num_paragraphs": int(match[1]), "nth_paragraph": nth, "first_word": word.lower()}
+    return "length_constraints:nth_paragraph_first_word", kwargs
+
+
+def _postscript(quotes: list[str], bare: str | None):
+    marker = (quotes[0] if quotes else bare or "").upper()
+    if len(quotes) > 1 or not marker.startswith("P."):
+        return None
+    return "detectable_content:postscript", {"postscript_marker": "P.P.S" if marker.startswith("P.P") else "P.S."}
+
+
+@cache
+def _recognise(constraint: str) -> tuple[str, str] | None:
+    text, quotes = _canonical(constraint)
+    for pattern, rule in PATTERNS:
+        if match := pattern.fullmatch(text):
+            found = rule(match, quotes) if callable(rule) else rule
+            if found:
+                return found[0], json.dumps(found[1])
+    return None
+
+
+def recognise(constraint: str) -> tuple[str, dict] | None:
+    """The verifiable instruction that a sentence asks for, as (id, kwargs); None unless it is understood whole."""
+    if len(constraint) > MAX_CONSTRAINT_CHARS or not (found := _recognise(constraint)):
+        return None
+    return found[0], json.loads(found[1])
+
+
+# ---------------------------------------------------------------- the Filter
+
+_WHOLE = {  # rules on the whole shape of an answer: no two of them at once
+    "detectable_format:json_format",
+    "startend:quotation",
+    "detectable_format:constrained_response",
+    "combination:two_responses",
+}
+_CLASHES = [frozenset(pair) for pair in combinations(_WHOLE, 2)] + [
+    frozenset(("detectable_format:json_format", other))
+    for other in (
+        "detectable_format:number_bullet_lists",
+        "detectable_format:title",
+        "detectable_content:postscript",
+        "startend:end_checker",
+        "combination:repeat_prompt",
+        "length_constraints:number_paragraphs",
+        "length_constraints:nth_paragraph_first_word",
+        "detectable_format:number_highlighted_sections",
+        "detectable_format:multiple_sections",
+    )
+]
+_CLASHES += [
+    frozenset(("change_case:english_capital", "change_case:english_lowercase")),
+    frozenset(("combination:two_responses", "length_constraints:number_paragraphs")),
+    frozenset(("length_constraints:number_paragraphs", "length_constraints:nth_paragraph_first_word")),
+    frozenset(("combination:repeat_prompt", "startend:quotation")),
+    frozenset(("combination:repeat_prompt", "change_case:english_capital")),
+    frozenset(("combination:repeat_prompt", "change_case:english_lowercase")),
+]
+# counted thing -> the kwargs that hold its relation, its bound, and what is counted
+_COUNTS = {
+    "length_constraints:number_words": ("relation", "num_words", None),
+    "length_constraints:number_sentences": ("relation", "num_sentences", None),
+    "length_constraints:number_paragraphs": ("relation", "num_paragraphs", None),
+    "detectable_format:number_bullet_lists": ("relation", "num_bullets", None),
+    "change_case:capital_word_frequency": ("capital_relation", "capital_frequency", None),
+    "keywords:frequency": ("relation", "frequency", "keyword"),
+    "keywords:letter_frequency": ("let_relation", "let_frequency", "letter"),
+}
+
+
+def _intervals(rules: list[tuple[str, dict]]) -> dict[tuple, tuple[float, float]]:
+    """(id, counted thing) -> the (low, high) counts that all rules on it allow together."""
+    allowed: dict[tuple, tuple[float, float]] = {}
+    for name, kwargs in rules:
+        if name not in _COUNTS:
+            continue
+        relation, number, what = _COUNTS[name]
+        n = kwargs[number]
+        low, high = {
+            "at least": (n, math.inf),
+            "more than": (n + 1, math.inf),
+            "less than": (0, n - 1),
+            "at most": (0, n),
+            "exactly": (n, n),
+            "between": (n, kwargs.get("max_words", n)),
+        }[kwargs.get(relation, "exactly")]
+        key = (name, kwargs[what].lower() if what else None)
+        before = allowed.get(key, (0, math.inf))
+        allowed[key] = max(low, before[0]), min(high, before[1])
+    return allowed
+
+
+def contradiction(rules: list[tuple[str, dict]]) -> str:
+    """Why the recognised rules cannot all hold at once; "" if nothing speaks against it."""
+    ids = {name for name, _ in rules}
+    for clash in _CLASHES:
+        if clash <= ids:
+            return " with ".join(sorted(name.split(":")[1] for name in clash))
+    allowed = _intervals(rules)
+    for (name, what), (low, high) in allowed.items():
+        if low > high:
+            return f"{name.split(':')[1]} {what or ''} at least {low} and at most {high}".replace("  ", " ")
+    words = allowed.get(("length_constraints:number_words", None), (0, math.inf))
+    sentences = allowed.get(("length_constraints:number_sentences", None), (0, math.inf))
+    if sentences[0] > words[1]:
+        return "more sentences than words"
+    if "change_case:english_lowercase" in ids:
+        if allowed.get(("change_case:capital_word_frequency", None), (0, 0))[0] > 0:
+            return "lowercase with capital words"
+    kwargs = [k for _, k in rules]
+    wanted = {w.lower() for k in kwargs for w in k.get("keywords", [])}
+    wanted |= {word for (name, word), (low, _) in allowed.items() if name == "keywords:frequency" and low > 0}
+    banned = {w.lower() for k in kwargs for w in k.get("forbidden_words", [])}
+    banned |= {word for (name, word), (_, high) in allowed.items() if name == "keywords:frequency" and high < 1}
+    if wanted & banned:
+        return f"{min(wanted & banned)!r} both wanted and forbidden"
+    cased = ids & {"change_case:english_capital", "change_case:english_lowercase"}
+    if cased and any(k.get("language", "en") != "en" for k in kwargs):
+        return "English letter case with another language"
+    return ""
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def code_filter(question: Question, max_new_tokens: int, checkable: bool = False) -> str:
+    """What code can see wrong with an instruction: a reason to reject it, or "".
+
+    `checkable`: hard constraints that no rule recognises are rejected too, so that no model's verdict is needed.
+    """
+    seed, plain = _plain(question.seed), [_plain(c) for c in question.constraints]
+    if len(set(plain)) < len(plain):
+        return "duplicate"
+    if any(len(c) > MAX_CONSTRAINT_CHARS for c in question.constraints):
+        return "too long"
+    if any(len(c) > 15 and (c in seed or (len(seed) > 15 and seed in c)) for c in plain):
+        return "restates the seed"
+    nameless = r"(?:forbidden|key|following|specific|certain) (?:key)?(?:words?|phrases?)(?!.*['\"`:\[])"
+    if any(re.search(nameless, c.lower()) for c in question.constraints):
+        return "words not named"  # "do not use the forbidden words", which nobody can satisfy or break
+    rules = [recognise(c) for c in question.constraints]
+    if checkable and question.kind == "hard" and None in rules:
+        return "not checkable"
+    known = [rule for rule in rules if rule]
+    if contradiction(known):
+        return "contradiction"
+    words = _intervals(known).get(("length_constraints:number_words", None), (0, math.inf))
+    if words[0] > max_new_tokens * WORDS_PER_TOKEN:
+        return "over the token limit"
+    return ""
+
+
+def filter_questions(policy: Policy, questions: list[Question], cfg) -> list[str]:
+    """For each instruction a reason to reject it, or "": code first, then the model in use, one prefill each.
+
+    cfg.filter is "llm" (both), "code", or "off" (the paper's ablation). A missing verdict lets an instruction pass.
+    """
+    if cfg.filter == "off":
+        return [""] * len(questions)
+    reasons = [code_filter(q, cfg.max_new_tokens, cfg.checkable) for q in questions]
+    left = [i for i, reason in enumerate(reasons) if not reason] if cfg.filter == "llm" else []
+    for i, p in zip(left, policy.yes_probability([filter_prompt(policy, questions[i]) for i in left])):
+        reasons[i] = "rejected by the model" if p < 0.5 else ""
+    return reasons
+
+
+# ---------------------------------------------------------------- the Judger
+
+
+def rule_verdict(question: Question, constraint: str, answer: str) -> bool | None:
+    """A rule's verdict on one constraint; None if no rule recognises it or can decide it."""
+    if not (rule := recognise(constraint)):
+        return None
+    name, kwargs = rule
+    if name == "combination:repeat_prompt":
+        kwargs = kwargs | {"prompt_to_repeat": question.seed}
+    return check(name, kwargs, answer)
+
+
+def judge(policy: Policy, pairs: list[tuple[Question, str]], cfg) -> list[list[Verdict]]:
+    """Verdicts on every constraint of every (question, answer) pair, all open ones in one batch of prefills.
+
+    cfg.judge "hybrid": rules where they decide, else the model in use; "llm": the model decides all (the paper's way).
+    cfg.soft_verdicts keeps P(yes) instead of rounding it. cfg.judge_think lets the model write that many tokens first.
+    """
+    table: list[list[Verdict | None]] = []
+    open_ones, prompts = [], []
+    for i, (question, answer) in enumerate(pairs):
+        table.append([])
+        for j, constraint in enumerate(question.constraints):
+            value = rule_verdict(question, constraint, answer) if cfg.judge == "hybrid" else None
+            table[i].append(None if value is None else Verdict(float(value), "rule"))
+            if value is None:
+                open_ones.append((i, j))
+                prompts.append(judger_prompt(policy, question, answer, constraint))
+    if cfg.judge_think and prompts:
+        thoughts = policy.generate(prompts, 1, cfg.judge_think, 0.0)
+        ending = policy.encode_text("\nVerdict (yes or no):")
+        prompts = [p + [t for t in c[0] if t not in policy.eos] + ending for p, c in zip(prompts, thoughts)]
+    for (i, j), p in zip(open_ones, policy.yes_probability(prompts)):
+        value = None if math.isnan(p) else p if cfg.soft_verdicts else float(p >= 0.5)
+        table[i][j] = Verdict(value, "judger")
+    return table
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def extract_answer(text: str, think: bool) -> str:
+    """The part of a completion that is judged. With `think` the whole must be <think>..</think><answer>..</answer>
+    (SEIF section 4.1); an answer in any other format counts as empty."""
+    if not think:
+        return text.strip()
+    match = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
+    return match[2].strip() if match and not re.search(r"</?(think|answer)>", match[1] + match[2]) else ""
+
+
+def echoes(question: Question, answer: str) -> bool:
+    """Whether the answer only gives the instruction back: all of its lines are the instruction's, or little is added."""
+    whole, plain = _plain(question.instruction), _plain(answer)
+    given = {_plain(line) for line in question.instruction.split("\n")} | {whole}
+    lines = [_plain(line) for line in answer.split("\n")]
+    return all(line in given for line in lines if line) or (whole in plain and len(plain.replace(whole, "").split()) < 3)
+
+
+def satisfaction(verdicts: list[Verdict]) -> float | None:
+    """r: the mean of the verdicts there are (SEIF equation 2); None if all are missing."""
+    values = [v.value for v in verdicts if v.value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def follower_reward(question: Question, answer: str, ended: bool, verdicts: list[Verdict]) -> float | None:
+    """r; 0 for an answer that is empty, cut off at the token limit, or an echo of the instruction."""
+    if not answer or not ended or echoes(question, answer):
+        return 0.0
+    return satisfaction(verdicts)
+
+
+def instructor_reward(r: float | None, shape: str) -> float | None:
+    """From the share r of constraints that the evaluator's own answer satisfies (SEIF equation 1).
+
+    "hardest" is the paper's 1 - r; "frontier" is 4 r (1 - r), which peaks where the Follower succeeds half the time.
+    """
+    if r is None:
+        return None
+    return 1 - r if shape == "hardest" else 4 * r * (1 - r)
+
+
+def constraint_type(constraint: str) -> str:
+    """The rule's id without its group, or "open"."""
+    rule = recognise(constraint)
+    return rule[0].split(":")[1] if rule else "open"
+
+
+def type_statistics(questions: list[Question]) -> dict[str, float | str]:
+    """Entropy in bits of the constraint types and the commonest one: an Instructor that collapses shows here."""
+    types = [constraint_type(c) for q in questions for c in q.constraints]
+    if not types:
+        return {"type_entropy": 0.0, "top_type": "", "top_share": 0.0}
+    shares = {t: types.count(t) / len(types) for t in set(types)}
+    top = max(shares, key=lambda t: (shares[t], t))
+    entropy = -sum(p * math.log2(p) for p in shares.values())
+    return {"type_entropy": entropy, "top_type": top, "top_share": shares[top]}
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@cache
+def prompt_text(name: str) -> str:
+    """prompts/<name>.txt."""
+    return read_text(PROMPTS / f"{name}.txt").strip()
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file's text; UserError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); give a UTF-8 file") from error
+
+
+def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
+    """(line number, object) for every non-empty line; UserError names the first line that is no JSON object."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); each line must be one object") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: a JSON object is needed, not {line.strip()[:40]!r}")
+        rows.append((number, row))
+    return rows
+
+
+@cache
+def instructor_examples(kind: str) -> list[Question]:
+    """The worked examples that show a small Instructor what is wanted (prompts/instructor_examples.jsonl)."""
+    rows = [row for _, row in read_jsonl(PROMPTS / "instructor_examples.jsonl")]
+    return [Question(row["seed"], row["kind"], tuple(row["constraints"])) for row in rows if row["kind"] == kind]
+
+
+OPENING = '{"c1": "'  # the Instructor's answer is begun for it
+_ASK = "Write {} constraints on how to answer this question, as JSON.\nQuestion: {}"
+
+
+def instructor_prompt(policy: Policy, seed: str, kind: str, shots: int, draw: random.Random) -> list[int]:
+    """A system line, worked examples as chat turns, the seed last, and the answer's opening given."""
+    messages = [{"role": "system", "content": prompt_text(f"instructor_{kind}")}]
+    for example in draw.sample(instructor_examples(kind), shots):
+        proposal = {f"c{i}": c for i, c in enumerate(example.constraints, 1)}
+        messages.append({"role": "user", "content": _ASK.format(KINDS[kind], example.seed)})
+        messages.append({"role": "assistant", "content": json.dumps(proposal, ensure_ascii=False)})
+    return policy.encode([*messages, {"role": "user", "content": _ASK.format(KINDS[kind], seed)}], OPENING)
+
+
+def follower_prompt(policy: Policy, instruction: str, think: bool) -> list[int]:
+    """The same prompt in training, evaluation and chat."""
+    system = [{"role": "system", "content": prompt_text("think")}] if think else []
+    return policy.encode([*system, {"role": "user", "content": instruction}])
+
+
+def filter_prompt(policy: Policy, question: Question) -> list[int]:
+    """Fixed text first, so that all instructions of a batch share its prefill."""
+    asked = f"{prompt_text('filter')}\n\nQuestion:\n{question.seed}\n\nConstraints:\n" + "\n".join(question.constraints)
+    return policy.encode([{"role": "user", "content": asked + "\n\nCan all of them be met together? Answer yes or no."}])
+
+
+def judger_prompt(policy: Policy, question: Question, answer: str, constraint: str) -> list[int]:
+    """Template, instruction, answer, constraint: what many verdicts share comes first."""
+    asked = (
+        f"{prompt_text('judger')}\n\n[INSTRUCTION]\n{question.instruction}\n[END OF INSTRUCTION]\n\n"
+        f"[ANSWER]\n{answer}\n[END OF ANSWER]\n\nConstraint to check: {constraint}\n"
+        "Does the answer satisfy this one constraint? Reply yes or no."
+    )
+    return policy.encode([{"role": "user", "content": asked}])

