@@ -35,7 +35,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 HEAD_CHUNK = 1 << 24  # logits held at once, in elements: 64 MiB of fp32, whatever the vocabulary
 PICK_BLOCK = 256  # tokens of the vocabulary summed together when sampling
 MIN_BUDGET = 128  # tokens a row; halving stops here
-SYNC_EVERY = 8  # on CUDA, look for finished rows every so many tokens: a look waits for the device
+LOOK_EVERY = {"cuda": 8, "cpu": 1}  # look for finished rows every so many tokens: on CUDA a look waits for the device
 YES, NO = ("yes", "Yes", " yes", " Yes", "YES"), ("no", "No", " no", " No", "NO")
 CPU_ACTIVATION_MIB = 1024  # activations kept for the backward pass on a machine without a GPU; beyond, recomputed
 CPU_UNPACK_MIB = 1024  # 4-bit weights whose fp32 values take no more are held unpacked on the CPU
@@ -506,7 +506,8 @@ class Policy:
         """Log-probabilities of a packed row's completions, in the order of row.members."""
         hidden = self._forward(row)
         # The token at path position j predicts the one at j + 1: completions start at the prompt's last token.
-        nodes = np.concatenate([path[len(pairs[i][0]) - 1 :] for i, path in zip(row.members, row.paths)])
+        spans = [slice(len(pairs[i][0]) - 1, len(pairs[i][0]) - 1 + len(pairs[i][1])) for i in row.members]
+        nodes = np.concatenate([path[span] for path, span in zip(row.paths, spans)])
         targets = [t for i in row.members for t in pairs[i][1]]
         head = self.model.get_output_embeddings()
         flat = TokenLogProb.apply(
@@ -580,7 +581,7 @@ class Policy:
         """n samples per prompt, as token ids; an EOS that was sampled is kept. Temperature 0 is greedy.
 
         max_new_tokens may be a list, a limit for each of the len(prompts) * n samples. Draws come from torch's global
-        generator, one per sample and position, so the result does not depend on how many samples run side by side.
+        generator, one per sample and position, so that only rounding depends on how many samples run side by side.
         on_done() is called as each sample finishes.
         """
         total = len(prompts) * n
@@ -650,9 +651,9 @@ class Sampler:
     def __init__(self, policy: Policy, prompts: list, n: int, limits: list[int], temperature: float):
         self.policy, self.n, self.temperature = policy, n, temperature
         device, total = policy.device, len(limits)
-        self.look = SYNC_EVERY if device.type == "cuda" else 1
+        self.look = LOOK_EVERY[device.type]
         steps = max(limits) + self.look  # rows run on until somebody looks; generate() cuts what is past their end
-        self.uniform = 1 - torch.rand(total, steps).to(device)
+        self.uniform = F.pad(1 - torch.rand(total, max(limits)), (0, self.look), value=0.5).to(device)
         self.out = torch.zeros(total, steps, dtype=torch.long, device=device)
         self.limit = torch.tensor(limits, device=device)
         self.eos = torch.tensor(sorted(policy.eos), dtype=torch.long, device=device)

@@ -1,0 +1,98 @@
+"""Tiny random models with a byte-level tokenizer, built on the spot: the tests need no download but the embedded model."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import rl
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SIZES = dict(
+    vocab_size=264,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=2048,
+    bos_token_id=256,
+    eos_token_id=258,
+    pad_token_id=258,
+)
+KINDS = {
+    "llama": ("LlamaConfig", {}),
+    "smollm2": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral-window": ("MistralConfig", {"sliding_window": 8}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+}
+
+
+def make_tokenizer(template: str = CHATML):
+    """One token per byte, plus the special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIAL)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=SPECIAL[0], eos_token=SPECIAL[2], pad_token=SPECIAL[2]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_model(folder, kind: str = "llama", template: str = CHATML, **sizes):
+    """A random model folder of the given architecture."""
+    name, extra = KINDS[kind]
+    torch.manual_seed(7)
+    config = getattr(transformers, name)(**(SIZES | extra | sizes))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # wide enough that predictions differ visibly
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    make_tokenizer(template).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """kind -> model folder, each made once."""
+    made = {}
+
+    def get(kind: str) -> str:
+        if kind not in made:
+            made[kind] = make_model(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture
+def policy(folders):
+    """A fresh fp32 tiny Llama with the two trained roles."""
+    policy = rl.load(folders("llama"), bits=16)
+    for seed, role in enumerate(("instructor", "follower")):
+        policy.add(role, seed=seed)
+    return policy
+
+
+def randomise(policy, role: str, seed: int = 3) -> None:
+    """Give a role's B (zero at the start) values, so that it computes something of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in policy.tensors(role).items():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
