@@ -341,7 +341,7 @@ def _canonical(sentence: str) -> tuple[str, list[str]]:
     text = re.sub(rf"\b{_NUMBER}(?= [a-z])", _digits("{}"), text)
     for wrapping in (_LEAD, _TAIL, _SUBJECT):
         text = wrapping.sub("", text, 1) if wrapping is _TAIL else text[m.end() :] if (m := wrapping.match(text)) else text
-    return re.sub(rf"^{_VERB} ", "", re.sub(rf"^{_NOT} ", "NOT ", text)), quotes
+    return re.sub(rf"^{_NOT} ", "NOT ", re.sub(rf"^{_VERB} ", "", text)), quotes
 
 
 # Builders: (match, quotes) -> kwargs, or None where the match is not sure after all.
@@ -478,7 +478,7 @@ PATTERNS = [
     (
         "detectable_format:title",
         {},
-        rf"(?:an? )?(?:explicit )?(?:{_TEXT} a )?title,? (?:wrapped|enclosed|written) (?:in|with|within) double "
+        rf"(?:an? )?(?:explicit )?(?:{_TEXT} a )?title,? (?:(?:wrapped|enclosed|written) )?(?:in|with|within) double "
         rf"ang(?:le|ular) brackets{_SUCH}",
     ),
     (
@@ -872,7 +872,8 @@ def instructor_examples(kind: str) -> list[Question]:
     return [Question(row["seed"], row["kind"], tuple(row["constraints"])) for row in rows if row["kind"] == kind]
 
 
-OPENING = '{"c1": "'  # the Instructor's answer is begun for it
+# The Instructor's answer is begun for it: a small model would else answer the question.
+OPENING = {"hard": '{"c1": "Your answer must', "soft": '{"c1": "'}
 _ASK = "Write {} constraints on how to answer this question, as JSON.\nQuestion: {}"
 
 
@@ -883,7 +884,7 @@ def instructor_prompt(policy: Policy, seed: str, kind: str, shots: int, draw: ra
         proposal = {f"c{i}": c for i, c in enumerate(example.constraints, 1)}
         messages.append({"role": "user", "content": _ASK.format(KINDS[kind], example.seed)})
         messages.append({"role": "assistant", "content": json.dumps(proposal, ensure_ascii=False)})
-    return policy.encode([*messages, {"role": "user", "content": _ASK.format(KINDS[kind], seed)}], OPENING)
+    return policy.encode([*messages, {"role": "user", "content": _ASK.format(KINDS[kind], seed)}], OPENING[kind])
 
 
 def follower_prompt(policy: Policy, instruction: str, think: bool) -> list[int]:

