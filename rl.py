@@ -81,7 +81,9 @@ class Row:
 
     tokens: np.ndarray  # (L,) every distinct token once
     depth: np.ndarray  # (L,) position ids
-    mask: np.ndarray  # (L, prefix + L) True where a token (row) may see another (column): its ancestors and itself
+    mask: (
+        np.ndarray | None
+    )  # (L, prefix + L) True where a token (row) may see another (column): its ancestors and itself
     paths: list[np.ndarray]  # per sequence: the row positions of its tokens
     members: list[int]  # per sequence: its index in the caller's list
 
@@ -132,6 +134,13 @@ def _lay_out(arrays: list, runs: list, size: int, prefix: int, members: list[int
         paths.append(path)
         at = end
     return Row(tokens, depth, mask, paths, members)
+
+
+def one_by_one(sequences: list[list[int]]) -> Iterator[Row]:
+    """Each sequence in a row of its own, under the model's own mask: the plain way, for models that pack cannot serve."""
+    for i, ids in enumerate(sequences):
+        at = np.arange(len(ids))
+        yield Row(np.asarray(ids), at, None, [at], [i])
 
 
 class RowCache(Cache):
@@ -195,7 +204,9 @@ class TokenLogProb(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> Tensor:
         """hidden (N, d), weight (V, d), targets (N,) -> (N,) in fp32."""
         out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -304,16 +315,25 @@ class Policy:
     @torch.no_grad()
     def _can_pack(self) -> bool:
         """Packing is exact for plain causal attention only; anything else (windows, recurrence) goes row by row."""
-        config = self.model.config
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        if window or set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-            return False
-        sequences = [[5, 6, 7, 8], [5, 6, 9, 8]]  # any ids: two branches, which must not see each other
-        row = next(pack(sequences, MIN_BUDGET))
-        packed = self._head(self._forward(row))
+        config, sequences = (
+            self.model.config,
+            [[5, 6, 7, 8], [5, 6, 9, 8]],
+        )  # two branches, which must not see each other
         exact = [self.model(torch.tensor([s], device=self.device)).logits[0].float() for s in sequences]
-        gap = max((packed[p] - e).abs().max().item() for p, e in zip(row.paths, (exact[i] for i in row.members)))
-        return gap < (1e-2 if self.dtype == torch.float32 else 1.0)
+        tolerance = 1e-2 if self.dtype == torch.float32 else 1.0
+
+        def agrees(rows) -> bool:
+            logits = ((row, self._head(self._forward(row))) for row in rows)
+            pairs = [(out[path], exact[i]) for row, out in logits for path, i in zip(row.paths, row.members)]
+            return all((ours - theirs).abs().max().item() < tolerance for ours, theirs in pairs)
+
+        if not agrees(one_by_one(sequences)):
+            raise UserError(
+                f"--model {self.name}: its logits are not its head's output alone; this architecture cannot be used"
+            )
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+        return not window and layers == {"full_attention"} and agrees(pack(sequences, MIN_BUDGET))
 
     # ------------------------------------------------ adapters
 
@@ -468,11 +488,7 @@ class Policy:
             mask.masked_fill_(~torch.from_numpy(row.mask).to(self.device), -torch.inf)
             mask = mask[None, None]
         out = self.model.base_model(
-            input_ids=ids,
-            position_ids=depth,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            input_ids=ids, position_ids=depth, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
         )
         return out.last_hidden_state[0]
 
@@ -481,12 +497,7 @@ class Policy:
 
     def rows(self, sequences: list[list[int]], prefix: int = 0) -> Iterator[Row]:
         """Sequences -> packed rows within the token budget, or one sequence a row where packing is not exact."""
-        if self.packs:
-            yield from pack(sequences, self.token_budget, prefix)
-        else:
-            for i, ids in enumerate(sequences):
-                at = np.arange(len(ids))
-                yield Row(np.asarray(ids), at, None, [at], [i])
+        return pack(sequences, self.token_budget, prefix) if self.packs else one_by_one(sequences)
 
     @torch.no_grad()
     def _prefill(self, prompts: list[list[int]]) -> Iterator[tuple[Row, RowCache, int, Tensor]]:
@@ -571,12 +582,7 @@ class Policy:
 
     @torch.no_grad()
     def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        max_new_tokens: int | list[int],
-        temperature: float = 1.0,
-        on_done=None,
+        self, prompts: list[list[int]], n: int, max_new_tokens: int | list[int], temperature: float = 1.0, on_done=None
     ) -> list[list[list[int]]]:
         """n samples per prompt, as token ids; an EOS that was sampled is kept. Temperature 0 is greedy.
 
@@ -684,7 +690,9 @@ class Sampler:
         sample, token, prefilled, columns = start
         if self.cache is None:
             self.cache = SlotCache(self._slot_count(prefilled), self.columns, prefilled, self.policy.device)
-            self.sample, self.count, self.token = torch.zeros(3, self.cache.slots, dtype=torch.long, device=token.device)
+            self.sample, self.count, self.token = torch.zeros(
+                3, self.cache.slots, dtype=torch.long, device=token.device
+            )
         self.cache.fill(slot, prefilled, columns)
         self.active[slot : slot + 1], self.held[slot : slot + 1] = [sample], [len(columns)]
         self.sample[slot], self.count[slot], self.token[slot] = sample, 1, token

@@ -67,7 +67,9 @@ class Config:
     """Every field is a flag of the same name. Defaults are for a GPU; SMALL is laid over them without one."""
 
     out: str = setting("runs/seif", "run folder")
-    model: str = setting("", "Hugging Face id or local folder; empty: Qwen2.5-1.5B-Instruct, without CUDA the embedded one")
+    model: str = setting(
+        "", "Hugging Face id or local folder; empty: Qwen2.5-1.5B-Instruct, without CUDA the embedded one"
+    )
     bits: int = setting(4, "4: nf4, double quantisation; 16: none")
     seeds: str = setting(str(judge.PROMPTS / "seeds.jsonl"), "seed questions: .jsonl, .txt (one a line) or .parquet")
     heldout: str = setting(str(judge.PROMPTS / "heldout.jsonl"), "evaluation data in IFEval's format")
@@ -76,8 +78,12 @@ class Config:
     turns: int = setting(3, "turns; the paper's number")
     batch: int = setting(16, "prompts per training step; the paper's batches are larger, its GPUs eight")
     group: int = setting(5, "samples per prompt (the paper's group size)")
-    instructor_steps: str = setting("", "Instructor steps per turn, e.g. 4,2 (last one repeats); empty: one epoch of the seeds")
-    follower_steps: str = setting("", "Follower steps per turn; empty: 3, 1, 1 epochs of q_T, early turns longer (SEIF 4.4)")
+    instructor_steps: str = setting(
+        "", "Instructor steps per turn, e.g. 4,2 (last one repeats); empty: one epoch of the seeds"
+    )
+    follower_steps: str = setting(
+        "", "Follower steps per turn; empty: 3, 1, 1 epochs of q_T, early turns longer (SEIF 4.4)"
+    )
     questions: int = setting(0, "questions in q_T; 0: one per seed")
     retries: int = setting(3, "attempts per seed at a question the Filter accepts")
     # roles
@@ -115,20 +121,36 @@ class Config:
 
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 # A 135M model is near chance as a judge and wanders at temperature 1: hard constraints only, all checkable by rule.
-SMALL = dict(turns=2, batch=4, group=8, instructor_steps="4,3", follower_steps="7,5", questions=28, hard_share=1.0)
+SMALL = dict(turns=2, batch=4, group=8, instructor_steps="3,2", follower_steps="7,5", questions=24, hard_share=1.0)
 SMALL |= dict(shots=4, think=False, filter="code", checkable=True, temperature=0.7, lr=5e-4, kl=0.02, updates=1)
 SMALL |= dict(max_new_tokens=96, instructor_tokens=96, eval_rows=40, save_every=1)
-CHOICES = {"filter": ("llm", "code", "off"), "judge": ("hybrid", "llm"), "reward": ("hardest", "frontier"), "bits": (4, 16)}
-MAY_CHANGE = {"out", "turns", "save_every", "slots", "token_budget", "activation_mib"}  # between a run and its resumption
+CHOICES = {
+    "filter": ("llm", "code", "off"),
+    "judge": ("hybrid", "llm"),
+    "reward": ("hardest", "frontier"),
+    "bits": (4, 16),
+}
+MAY_CHANGE = {
+    "out",
+    "turns",
+    "save_every",
+    "slots",
+    "token_budget",
+    "activation_mib",
+}  # between a run and its resumption
 
 
 def read_config(argv: list[str]) -> Config:
     """Flags over the preset over the defaults."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("seif.py", description=__doc__, formatter_class=form, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        "seif.py", description=__doc__, formatter_class=form, argument_default=argparse.SUPPRESS
+    )
     for field in dataclasses.fields(Config):
         kind = {"type": field.type} if field.type is not bool else {"action": argparse.BooleanOptionalAction}
-        default = f"{field.default!r}, small preset {SMALL[field.name]!r}" if field.name in SMALL else f"{field.default!r}"
+        default = (
+            f"{field.default!r}, small preset {SMALL[field.name]!r}" if field.name in SMALL else f"{field.default!r}"
+        )
         text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
         choices = {"choices": CHOICES[field.name]} if field.name in CHOICES else {}
         parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, help=text, **kind, **choices)
@@ -136,7 +158,17 @@ def read_config(argv: list[str]) -> Config:
     small = not given.get("model") and not torch.cuda.is_available()
     config = Config(**((SMALL if small else {}) | given))
     config.model = config.model or (EMBEDDED if small else QWEN)
-    for name in ("turns", "batch", "group", "rank", "max_new_tokens", "instructor_tokens", "save_every", "updates", "answers"):
+    for name in (
+        "turns",
+        "batch",
+        "group",
+        "rank",
+        "max_new_tokens",
+        "instructor_tokens",
+        "save_every",
+        "updates",
+        "answers",
+    ):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     for name in ("instructor_steps", "follower_steps"):
@@ -145,7 +177,7 @@ def read_config(argv: list[str]) -> Config:
 
 
 def steps_of(text: str, turn: int, default: int, name: str = "") -> int:
-    """"4,2" -> 4 in turn 1, 2 in turn 2 and later; empty -> default."""
+    """ "4,2" -> 4 in turn 1, 2 in turn 2 and later; empty -> default."""
     if not text:
         return default
     try:
@@ -190,7 +222,9 @@ def read_ifeval(path: str) -> list[dict]:
     for number, row in rows:
         ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
         if not isinstance(row.get("prompt"), str) or not isinstance(ids, list) or not isinstance(kwargs, list):
-            raise UserError(f'{path}, line {number}: needs "prompt", "instruction_id_list" and "kwargs" (IFEval\'s format)')
+            raise UserError(
+                f'{path}, line {number}: needs "prompt", "instruction_id_list" and "kwargs" (IFEval\'s format)'
+            )
         unknown = [i for i in ids if i not in judge.RULES]
         if unknown or len(ids) != len(kwargs):
             what = f"unknown instruction id {unknown[0]!r}" if unknown else "ids and kwargs differ in number"
@@ -526,7 +560,9 @@ def follower_step(run: Run, turn: int, step: int) -> dict:
     with clock("rollout"), policy.using("follower"):
         groups = policy.generate(prompts, cfg.group, cfg.max_new_tokens, cfg.temperature)
     completions = [c for group in groups for c in group]
-    pairs = [(batch[i // cfg.group], judge.extract_answer(policy.decode(c), cfg.think)) for i, c in enumerate(completions)]
+    pairs = [
+        (batch[i // cfg.group], judge.extract_answer(policy.decode(c), cfg.think)) for i, c in enumerate(completions)
+    ]
     with clock("judging"), policy.using("evaluator"):
         table = judge.judge(policy, pairs, cfg)
     rewards = [judge.follower_reward(q, a, policy.ended(c), v) for (q, a), c, v in zip(pairs, completions, table)]
@@ -636,7 +672,9 @@ def train(cfg: Config) -> None:
     policy = load_policy(cfg)
     run = Run(cfg, policy, seeds)
     run.resume()
-    print(f"{len(run.seeds)} seeds ({run.skipped} too long, skipped), {len(run.heldout)} held-out rows, run folder {cfg.out}")
+    print(
+        f"{len(run.seeds)} seeds ({run.skipped} too long, skipped), {len(run.heldout)} held-out rows, run folder {cfg.out}"
+    )
     if run.done:
         print(f"going on after unit {run.done}; finished turns:\n" + turn_table(run.folder))
     unit, turn_now, bar = 0, 0, None
@@ -688,7 +726,9 @@ def print_config(cfg: Config) -> None:
 def bar_text(row: dict) -> str:
     """The figures that matter, for the progress bar."""
     if "reward" in row:
-        text = f"reward {row['reward']:.3f}, len {row['length']:.0f}, cut {row['truncated']:.0%}, tied {row['tied']:.0%}"
+        text = (
+            f"reward {row['reward']:.3f}, len {row['length']:.0f}, cut {row['truncated']:.0%}, tied {row['tied']:.0%}"
+        )
         text += f", {row['tokens_per_second']:.0f} tok/s"
         return text + (f", kl {row['kl']:.4f}, grad {row['grad_norm']:.2f}" if "kl" in row else ", no update")
     if "acceptance" in row:
@@ -699,7 +739,9 @@ def bar_text(row: dict) -> str:
 def turn_table(folder: Path) -> str:
     """One line a turn, from log.jsonl."""
     rows = [row for _, row in judge.read_jsonl(folder / "log.jsonl")]
-    head = "turn  instr. reward  valid  accepted  q_T  base r  follower reward    kl  held-out base -> follower  minutes"
+    head = (
+        "turn  instr. reward  valid  accepted  q_T  base r  follower reward    kl  held-out base -> follower  minutes"
+    )
     lines = [head]
     for last in (row for row in rows if row["stage"] == "evaluation"):
         mine = [row for row in rows if row["turn"] == last["turn"]]
@@ -726,10 +768,14 @@ def open_run(folder: str, turn: int = 0) -> tuple[Config, Policy, int]:
     try:
         cfg = Config(**json.loads(judge.read_text(path)))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a run's settings ({error}); give a folder that python seif.py has written") from error
+        raise UserError(
+            f"{path}: not a run's settings ({error}); give a folder that python seif.py has written"
+        ) from error
     done = sorted(int(p.parent.name[4:]) for p in Path(folder).glob("turn*/follower") if p.parent.name[4:].isdigit())
     if not done or turn and turn not in done:
-        raise UserError(f"{folder}: no adapter of turn {turn or 1} in it yet; let python seif.py --out {folder} finish it")
+        raise UserError(
+            f"{folder}: no adapter of turn {turn or 1} in it yet; let python seif.py --out {folder} finish it"
+        )
     policy = load_policy(cfg)
     turn = turn or done[-1]
     policy.load_adapter("follower", Path(folder) / f"turn{turn}" / "follower")
@@ -738,9 +784,13 @@ def open_run(folder: str, turn: int = 0) -> tuple[Config, Policy, int]:
 
 def command_eval(argv: list[str]) -> None:
     """`eval RUN`: greedy answers to IFEval rows and their accuracy."""
-    parser = argparse.ArgumentParser("seif.py eval", description="Evaluate a run's Follower on data in IFEval's format.")
+    parser = argparse.ArgumentParser(
+        "seif.py eval", description="Evaluate a run's Follower on data in IFEval's format."
+    )
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--data", help="JSONL with prompt, instruction_id_list, kwargs; default: the run's held-out rows")
+    parser.add_argument(
+        "--data", help="JSONL with prompt, instruction_id_list, kwargs; default: the run's held-out rows"
+    )
     parser.add_argument("--base", action="store_true", help="evaluate the base model instead")
     parser.add_argument("--turn", type=int, default=0, help="the Follower of this turn; default: the last")
     parser.add_argument("--rows", type=int, default=0, help="only the first so many rows")

@@ -54,7 +54,7 @@ def make_tokenizer(template: str = CHATML):
     return tokenizer
 
 
-def make_model(folder, kind: str = "llama", template: str = CHATML, **sizes):
+def make_model(folder, kind: str = "llama", template: str = CHATML, eos=258, **sizes):
     """A random model folder of the given architecture."""
     name, extra = KINDS[kind]
     torch.manual_seed(7)
@@ -63,6 +63,7 @@ def make_model(folder, kind: str = "llama", template: str = CHATML, **sizes):
     for parameter in model.parameters():  # wide enough that predictions differ visibly
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
+    model.generation_config.eos_token_id = eos
     model.save_pretrained(folder)
     make_tokenizer(template).save_pretrained(folder)
     return str(folder)

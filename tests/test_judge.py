@@ -13,12 +13,23 @@ from hypothesis import strategies as st
 
 import judge
 import rl
+import rules
 from judge import Question, Verdict
 
 # id, kwargs, an answer that follows it, one that does not
 CASES = [
-    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, "GO NOW please", "GO now"),
-    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "less than"}, "GO on", "DON'T go"),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 2, "capital_relation": "at least"},
+        "GO NOW please",
+        "GO now",
+    ),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 2, "capital_relation": "less than"},
+        "GO on",
+        "DON'T go",
+    ),
     ("change_case:english_capital", {}, "THE SUN IS A STAR AND IT SHINES.", "The sun is a star."),
     ("change_case:english_lowercase", {}, "the sun is a star and it shines.", "The sun is a star."),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Say hi."}, "say hi. Hello there!", "Hello. Say hi."),
@@ -31,7 +42,12 @@ CASES = [
     ("detectable_format:constrained_response", {"options": ["red", "blue"]}, "blue", "green"),
     ("detectable_format:json_format", {}, '```json\n{"a": [1, 2]}\n```', "{a: 1}"),
     ("detectable_format:json_format", {}, '{"a": 1}', 'Here it is: {"a": 1}'),
-    ("detectable_format:multiple_sections", {"section_spliter": "PART", "num_sections": 2}, "PART 1 x PART 2 y", "PART 1 x"),
+    (
+        "detectable_format:multiple_sections",
+        {"section_spliter": "PART", "num_sections": 2},
+        "PART 1 x PART 2 y",
+        "PART 1 x",
+    ),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n* b\n* c"),
     ("detectable_format:number_bullet_lists", {"num_bullets": 1}, "- a\n**bold** start", "nothing"),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*one* and *two*", "*one* and ** **"),
@@ -42,11 +58,26 @@ CASES = [
     ("keywords:frequency", {"keyword": "ha", "frequency": 2, "relation": "exactly"}, "ha. ha", "ha ha ha"),
     ("keywords:frequency", {"keyword": ["a1", "b1"], "frequency": 1, "relation": "exactly"}, "a1 b1", "a1 b1 b1"),
     ("keywords:letter_frequency", {"letter": "Z", "let_frequency": 2, "let_relation": "less than"}, "Zoo", "zigzag"),
-    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "So"}, "a b\n\n'so, x", "a\n\nb so"),
-    ("length_constraints:nth_paragraph_first_word", {"nth_paragraph": 2, "first_word": "so", "divider": "***"}, "a *** so b", "so"),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "So"},
+        "a b\n\n'so, x",
+        "a\n\nb so",
+    ),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"nth_paragraph": 2, "first_word": "so", "divider": "***"},
+        "a *** so b",
+        "so",
+    ),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb", "a\n\nb"),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "*** a *** b ***", "a *** *** b"),
-    ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "at least"}, "One. Two! Three?", "Mr. A. Smith came. He left."),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 3, "relation": "at least"},
+        "One. Two! Three?",
+        "Mr. A. Smith came. He left.",
+    ),
     ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "two words", "not-two words"),
     ("length_constraints:number_words", {"num_words": 2, "max_words": 3, "relation": "between"}, "a b c", "a b c d"),
     ("punctuation:no_comma", {}, "No; none.", "Well, yes."),
@@ -68,10 +99,10 @@ def test_every_rule_is_tested_but_language():
 
 def test_language(monkeypatch):
     text = "Der Hund schläft den ganzen Tag im warmen Garten und träumt von Katzen."
-    if judge.langdetect:
+    if rules.langdetect:
         assert judge.check("language:response_language", {"language": "de"}, text) is True
         assert judge.check("language:response_language", {"language": "fr"}, text) is False
-    monkeypatch.setattr(judge, "langdetect", None)
+    monkeypatch.setattr(rules, "langdetect", None)
     assert judge.check("language:response_language", {"language": "de"}, text) is None
 
 
@@ -79,22 +110,41 @@ def test_loose_forgives_asterisks_and_a_first_or_last_line():
     end = {"end_phrase": "bye"}
     assert judge.check("startend:end_checker", end, "Text. *bye*") is False
     assert judge.check_loose("startend:end_checker", end, "Text. *bye*") is True
-    assert judge.check_loose("change_case:english_lowercase", {}, "Sure! Here it is:\nthe sun is a star and it shines.") is True
+    assert (
+        judge.check_loose("change_case:english_lowercase", {}, "Sure! Here it is:\nthe sun is a star and it shines.")
+        is True
+    )
     assert judge.check_loose("startend:end_checker", end, "Text.\nGood night") is False
 
 
 RECOGNISED = [
     ("Answer with at least 600 words.", "number_words", {"num_words": 600, "relation": "at least"}),
     ("The response must not exceed 50 words in length.", "number_words", {"num_words": 50, "relation": "at most"}),
-    ("Your answer should be between 20 and 30 words.", "number_words", {"num_words": 20, "max_words": 30, "relation": "between"}),
-    ("Your response should contain fewer than four sentences.", "number_sentences", {"num_sentences": 4, "relation": "less than"}),
+    (
+        "Your answer should be between 20 and 30 words.",
+        "number_words",
+        {"num_words": 20, "max_words": 30, "relation": "between"},
+    ),
+    (
+        "Your response should contain fewer than four sentences.",
+        "number_sentences",
+        {"num_sentences": 4, "relation": "less than"},
+    ),
     ("There should be 3 paragraphs, separated by ***.", "number_paragraphs", {"num_paragraphs": 3}),
     ("Your answer must contain exactly 2 bullet points in markdown.", "number_bullet_lists", {"num_bullets": 2}),
     ("Use at least three bullet points.", "number_bullet_lists", {"num_bullets": 3, "relation": "at least"}),
     ("Include the words 'save' and \"spend\" in your response.", "existence", {"keywords": ["save", "spend"]}),
     ("Do not include the word 'rain'.", "forbidden_words", {"forbidden_words": ["rain"]}),
-    ("The word 'pot' should appear at least twice in your response.", "frequency", {"keyword": "pot", "frequency": 2, "relation": "at least"}),
-    ("The letter 'b' must appear at least 5 times.", "letter_frequency", {"letter": "b", "let_frequency": 5, "let_relation": "at least"}),
+    (
+        "The word 'pot' should appear at least twice in your response.",
+        "frequency",
+        {"keyword": "pot", "frequency": 2, "relation": "at least"},
+    ),
+    (
+        "The letter 'b' must appear at least 5 times.",
+        "letter_frequency",
+        {"letter": "b", "let_frequency": 5, "let_relation": "at least"},
+    ),
     ("Please avoid using any commas.", "no_comma", {}),
     ("The entire response should be in all lowercase letters.", "english_lowercase", {}),
     ("Write your entire response in English, in all capital letters.", "english_capital", {}),
@@ -103,7 +153,11 @@ RECOGNISED = [
     ("Your entire response should be in JSON format.", "json_format", {}),
     ("Write your entire response in Dutch, no other language is allowed.", "response_language", {"language": "nl"}),
     ("At the end of your response, add a postscript starting with 'P.S.'", "postscript", {"postscript_marker": "P.S."}),
-    ("The second paragraph must start with the word 'But'.", "nth_paragraph_first_word", {"nth_paragraph": 2, "first_word": "but"}),
+    (
+        "The second paragraph must start with the word 'But'.",
+        "nth_paragraph_first_word",
+        {"nth_paragraph": 2, "first_word": "but"},
+    ),
 ]
 
 
@@ -160,8 +214,7 @@ GOOD = '{"c1": "a", "c2": "b", "c3": "c"}'
 
 
 @pytest.mark.parametrize(
-    "text",
-    [GOOD, f"```json\n{GOOD}\n```", f"Sure! Here you go: {GOOD} I hope it helps {{}}.", "{not json} " + GOOD],
+    "text", [GOOD, f"```json\n{GOOD}\n```", f"Sure! Here you go: {GOOD} I hope it helps {{}}.", "{not json} " + GOOD]
 )
 def test_proposals_that_parse(text):
     assert judge.parse_constraints(text, 3) == (["a", "b", "c"], "")
@@ -211,7 +264,9 @@ def test_checkable_rejects_what_no_rule_recognises():
     assert judge.code_filter(question, 128, checkable=True) == "not checkable"
 
 
-CFG = types.SimpleNamespace(judge="hybrid", judge_think=0, soft_verdicts=False, filter="llm", max_new_tokens=64, checkable=False)
+CFG = types.SimpleNamespace(
+    judge="hybrid", judge_think=0, soft_verdicts=False, filter="llm", max_new_tokens=64, checkable=False
+)
 
 
 class Oracle:
@@ -243,10 +298,17 @@ def test_hybrid_asks_the_model_only_what_no_rule_decides():
 
 
 def test_the_filter_asks_the_model_what_code_lets_through():
-    good = Question("Name a fruit.", "hard", ("Use no commas.", "Include the word 'ripe'.", "Answer with at most 9 words."))
+    good = Question(
+        "Name a fruit.", "hard", ("Use no commas.", "Include the word 'ripe'.", "Answer with at most 9 words.")
+    )
     bad = Question("Name a fruit.", "hard", ("Use no commas.", "Use no commas.", "x"))
     questions = [good, bad, good, good]
-    assert judge.filter_questions(Oracle([0.9, 0.1, math.nan]), questions, CFG) == ["", "duplicate", "rejected by the model", ""]
+    assert judge.filter_questions(Oracle([0.9, 0.1, math.nan]), questions, CFG) == [
+        "",
+        "duplicate",
+        "rejected by the model",
+        "",
+    ]
     code = types.SimpleNamespace(**(vars(CFG) | {"filter": "code"}))
     assert judge.filter_questions(Oracle([]), questions, code) == ["", "duplicate", "", ""]
     off = types.SimpleNamespace(**(vars(CFG) | {"filter": "off"}))
@@ -282,7 +344,9 @@ def test_think_format(text, answer):
 
 
 def test_type_statistics():
-    questions = [Question("q", "hard", ("Use no commas.", "Use no commas!", "Be kind.", "Answer with at most 9 words."))]
+    questions = [
+        Question("q", "hard", ("Use no commas.", "Use no commas!", "Be kind.", "Answer with at most 9 words."))
+    ]
     stats = judge.type_statistics(questions)
     assert stats == {"type_entropy": 1.5, "top_type": "no_comma", "top_share": 0.5}
     assert judge.type_statistics([])["type_entropy"] == 0
