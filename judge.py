@@ -70,7 +70,22 @@ def parse_constraints(text: str, count: int) -> tuple[list[str], str]:
         if not all(isinstance(c, str) and c.strip() for c in proposal.values()):
             return [], "not text"
         return [" ".join(c.split()) for c in proposal.values()], ""
-    return [], "no json"
+    values = _unescaped(text[:20_000], count)
+    return (values, "") if values else ([], "no json")
+
+
+def _unescaped(text: str, count: int) -> list[str]:
+    """Small models write "quotes" inside a value unescaped. With the keys known it is still clear what they mean."""
+    at, values = 0, []
+    for i in range(1, count + 2):
+        opening = rf'"\s*,\s*"c{i}"\s*:\s*"' if 1 < i <= count else r'\{\s*"c1"\s*:\s*"' if i == 1 else r'"\s*\}'
+        if not (mark := re.compile(opening).search(text, at)):
+            return []
+        values.append(" ".join(text[at : mark.start()].split()))
+        at = mark.end()
+    values = values[1:]
+    clean = all(v and not re.search(r'"\s*[:,]\s*"|[{}]', v) for v in values)  # no other key or value inside
+    return values if clean else []
 
 
 # ---------------------------------------------------------------- the Filter
@@ -101,6 +116,9 @@ def code_filter(question: Question, max_new_tokens: int, checkable: bool = False
     known = [rule for rule in rules if rule]
     if contradiction(known):
         return "contradiction"
+    sorts = [constraint_type(c) for c in question.constraints if question.kind == "hard" and recognise(c)]
+    if len(set(sorts)) < len(sorts):
+        return "one sort twice"  # hard constraints are of different categories (SEIF section 3.1)
     words = intervals(known).get(("length_constraints:number_words", None), (0, math.inf))
     if words[0] > max_new_tokens * WORDS_PER_TOKEN:
         return "over the token limit"

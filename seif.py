@@ -3,6 +3,7 @@
     python seif.py                      train; the same command again goes on where it stopped
     python seif.py eval RUN             strict and loose accuracy of the trained Follower (IFEval's JSONL format)
     python seif.py chat RUN             talk to it; --base for the model it started from
+    python seif.py plot RUN             one picture of the run (matplotlib)
     python seif.py --help               every setting, with its default and its reason
 
 One turn T (SEIF section 3): the Instructor is trained to write constraints that today's Follower fails (1 - r); it
@@ -16,6 +17,7 @@ seeds its own random numbers, so that a resumed run repeats exactly what an unin
 
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
@@ -23,6 +25,7 @@ import math
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,11 +39,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import judge
+import plot
 import rl
 from judge import Question
 from rl import Episode, Policy, UserError, replace_file
@@ -94,7 +98,9 @@ class Config:
     type_penalty: float = setting(0.0, "taken from proposals by their share of the batch's commonest constraint type")
     answers: int = setting(1, "evaluator's answers per proposal, averaged; more is less noisy and slower")
     # GRPO
-    temperature: float = setting(1.0, "of all rollouts; log-probabilities use it too")
+    temperature: float = setting(1.0, "of the Follower's rollouts; log-probabilities use it too")
+    instructor_temperature: float = setting(1.0, "of the Instructor's rollouts")
+    question_temperature: float = setting(0.7, "of the Instructor when it writes q_T (SEIF 4.1)")
     lr: float = setting(2e-5, "of both adapters; LoRA wants more than the 1e-6 of the paper's full fine-tuning")
     kl: float = setting(0.01, "weight of the k3 KL to the stage's start")
     clip_low: float = setting(0.2, "ratio clip below 1")
@@ -118,7 +124,14 @@ QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 # A 135M model is near chance as a judge and wanders at temperature 1: hard constraints only, all checkable by rule.
 SMALL = dict(turns=2, batch=4, group=8, instructor_steps="3,2", follower_steps="7,5", questions=24, hard_share=1.0)
 SMALL |= dict(shots=4, think=False, filter="code", checkable=True, temperature=0.7, lr=5e-4, kl=0.02, updates=1)
-SMALL |= dict(max_new_tokens=96, instructor_tokens=96, eval_rows=40, save_every=1)
+SMALL |= dict(
+    instructor_temperature=0.5,
+    question_temperature=0.5,
+    max_new_tokens=96,
+    instructor_tokens=96,
+    eval_rows=40,
+    save_every=1,
+)
 CHOICES = dict(filter=("llm", "code", "off"), judge=("hybrid", "llm"), reward=("hardest", "frontier"), bits=(4, 16))
 MAY_CHANGE = {"out", "turns", "save_every", "slots", "token_budget", "activation_mib"}  # when a run is resumed
 POSITIVE = (
@@ -350,11 +363,16 @@ class Run:
                 file.truncate(sizes[name])
 
 
-def open_folder(cfg: Config) -> None:
-    """Create the run folder or check that it belongs to the same settings."""
+def open_folder(cfg: Config):
+    """Create the run folder or check that it belongs to the same settings. Returns the lock that keeps others out."""
     folder = Path(cfg.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another run is writing here; give another --out, or stop that one") from error
         own = dataclasses.asdict(cfg)
         path = folder / "config.json"
         if path.exists():
@@ -369,6 +387,7 @@ def open_folder(cfg: Config) -> None:
         replace_file(path, lambda part: part.write_text(json.dumps(own, indent=2)))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: cannot be used as run folder ({error})") from error
+    return lock
 
 
 class Clock(Counter):
@@ -391,7 +410,7 @@ def peak_mib() -> int:
 # ---------------------------------------------------------------- stage 1: the Instructor
 
 
-def propose(run: Run, seeds: list[str], kinds: list[str], n: int, draw: random.Random):
+def propose(run: Run, seeds: list[str], kinds: list[str], n: int, draw: random.Random, temperature: float):
     """n proposals for each seed: prompts, completions, and per proposal (Question or None, reason).
 
     The worked examples are drawn once per call and kind, so that the prompts of a batch share all but the seed.
@@ -403,7 +422,7 @@ def propose(run: Run, seeds: list[str], kinds: list[str], n: int, draw: random.R
         for seed, kind in zip(seeds, kinds)
     ]
     with policy.using("instructor"):
-        groups = policy.generate(prompts, n, cfg.instructor_tokens, cfg.temperature)
+        groups = policy.generate(prompts, n, cfg.instructor_tokens, temperature)
     proposals = []
     for seed, kind, group in zip(seeds, kinds, groups):
         for completion in group:
@@ -453,7 +472,7 @@ def instructor_step(run: Run, turn: int, step: int) -> dict:
     seeds = [order[(step * cfg.batch + i) % len(order)] for i in range(cfg.batch)]
     kinds = ["hard" if draw.random() < cfg.hard_share else "soft" for _ in seeds]
     with clock("rollout"):
-        prompts, groups, proposals = propose(run, seeds, kinds, cfg.group, draw)
+        prompts, groups, proposals = propose(run, seeds, kinds, cfg.group, draw, cfg.instructor_temperature)
     valid = [i for i, (_, reason) in enumerate(proposals) if not reason]
     results = difficulty(run, "evaluator", [proposals[i][0] for i in valid], cfg.answers, cfg.temperature, clock)
     common = judge.type_statistics([proposals[i][0] for i in valid])
@@ -465,7 +484,8 @@ def instructor_step(run: Run, turn: int, step: int) -> dict:
     completions = [c for group in groups for c in group]
     episodes = [Episode(prompts[i // cfg.group], c, i // cfg.group, rewards[i]) for i, c in enumerate(completions)]
     with clock("update"):
-        metrics = rl.grpo_step(run.policy, "instructor", "reference", episodes, run.optimizers["instructor"], cfg)
+        own = dataclasses.replace(cfg, temperature=cfg.instructor_temperature)
+        metrics = rl.grpo_step(run.policy, "instructor", "reference", episodes, run.optimizers["instructor"], own)
     for i, (_, answer, verdicts) in list(zip(valid, results))[:2]:
         run.log("samples.jsonl", sample_row(turn, "instructor", step, proposals[i][0], answer, verdicts, rewards[i]))
     known = [r for r, _, _ in results if r is not None]
@@ -492,7 +512,7 @@ def write_questions(run: Run, turn: int) -> dict:
             if not waiting:
                 break
             seeds, kinds = zip(*waiting)
-            _, _, proposals = propose(run, list(seeds), list(kinds), 1, draw)
+            _, _, proposals = propose(run, list(seeds), list(kinds), 1, draw, cfg.question_temperature)
             accepted += [question for question, reason in proposals if not reason]
             reasons.update(reason for _, reason in proposals if reason)
             tried += len(waiting)
@@ -612,6 +632,7 @@ def end_turn(run: Run, turn: int) -> dict:
 
 # ---------------------------------------------------------------- the loop
 
+MOST_VOIDED = 5  # steps in a row without a finite gradient: then the run is not coming back by itself
 UNITS = {"instructor": instructor_step, "follower": follower_step}
 
 
@@ -634,7 +655,7 @@ def train(cfg: Config) -> None:
     """The self-evolution loop: do the units that are not done yet, log each, save, print a table row per turn."""
     seeds = read_seeds(cfg.seeds)
     read_ifeval(cfg.heldout)
-    open_folder(cfg)
+    lock = open_folder(cfg)
     print_config(cfg)
     policy = load_policy(cfg)
     run = Run(cfg, policy, seeds)
@@ -644,7 +665,7 @@ def train(cfg: Config) -> None:
     )
     if run.done:
         print(f"going on after unit {run.done}; finished turns:\n" + turn_table(run.folder))
-    unit, turn_now, bar = 0, 0, None
+    turn_now, bar, voided = 0, None, 0
     for unit, (turn, stage, step, steps) in enumerate(schedule(run)):
         if unit < run.done:
             continue
@@ -660,6 +681,11 @@ def train(cfg: Config) -> None:
             row = end_turn(run, turn)
         else:
             row = UNITS[stage](run, turn, step)
+        voided = voided + 1 if row.get("skipped") and not row["updates"] else 0
+        if voided == MOST_VOIDED:
+            raise UserError(
+                f"{voided} steps in a row had no finite gradient; lower --lr, raise --kl, go on from {cfg.out}"
+            )
         row = {"turn": turn, "stage": stage, "step": step, **row, "wall": time.perf_counter() - start}
         run.log("log.jsonl", row)
         bar.set_postfix_str(bar_text(row))
@@ -670,6 +696,7 @@ def train(cfg: Config) -> None:
             bar.close()
         if stage == "evaluation":
             print(turn_table(run.folder), flush=True)
+    lock.close()
     print(f"done: {cfg.out}/turn{cfg.turns}/follower is the trained adapter; try: python seif.py chat {cfg.out}")
 
 
@@ -807,7 +834,8 @@ def command_chat(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Run a command; errors that the user can mend end in one line and status 2."""
-    commands = {"eval": command_eval, "chat": command_chat}
+    commands = {"eval": command_eval, "chat": command_chat, "plot": plot.command}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
     try:
         if argv and argv[0] in commands:
             commands[argv[0]](argv[1:])
@@ -817,6 +845,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"seif: {error}", file=sys.stderr)
         return 2
+    except (OSError, SafetensorError) as error:
+        print(f"seif: {error}; what was saved is whole, mend it and give the same command to go on", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nseif: stopped; the same command goes on from the last saved state", file=sys.stderr)
         return 130

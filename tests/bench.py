@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
+import packing
 import rl
 import seif
 
@@ -110,7 +111,7 @@ class Bench:
         return row
 
     def grpo_flops(self, prompts, group: int) -> float:
-        rows = list(rl.pack([p + c for p, g in zip(prompts, fake_groups(prompts, group)) for c in g], 1 << 20))
+        rows = list(packing.pack([p + c for p, g in zip(prompts, fake_groups(prompts, group)) for c in g], 1 << 20))
         tokens, heads = sum(len(r.tokens) for r in rows), len(prompts) * group * NEW
         # Forward for the reference and the policy, backward for the activations; the head: twice forward, once for J.
         return 3 * gflop(self.policy, tokens, heads)
@@ -186,7 +187,7 @@ class Bench:
                 for at in range(0, len(prompts), 8):
                     self.policy.model(torch.tensor(prompts[at : at + 8], device=self.policy.device), logits_to_keep=1)
 
-        tokens = sum(len(r.tokens) for r in rl.pack(prompts, 1 << 20))
+        tokens = sum(len(r.tokens) for r in packing.pack(prompts, 1 << 20))
         return self.result(work, 0, gflop(self.policy, tokens, len(prompts)))
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import judge
+import packing
 import rl
 import rules
 from judge import Question, Verdict
@@ -220,9 +221,16 @@ def test_proposals_that_parse(text):
     assert judge.parse_constraints(text, 3) == (["a", "b", "c"], "")
 
 
+def test_unescaped_quotes_inside_a_value_are_forgiven():
+    text = '{"c1": "Use the word "sun" twice.", "c2": "End with "bye".", "c3": "c"} and more'
+    assert judge.parse_constraints(text, 3) == (['Use the word "sun" twice.', 'End with "bye".', "c"], "")
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [
+        ('{"c1": "a "x" b", "c2": "b", "d1": "y "z"", "c3": "c"}', "no json"),
+        ('{"c1": "a "x" b", "c2": "b", "c3": "c", "c4": "d"}', "no json"),
         ("no braces", "no json"),
         ('{"c1": "a", "c2": "b"}', "wrong keys"),
         ('{"c1": "a", "c2": "b", "c3": "c", "c4": "d"}', "wrong keys"),
@@ -356,7 +364,7 @@ def test_prompts_put_what_is_shared_first(tmp_path):
     policy = rl.load(make_model(tmp_path / "m"), bits=16)
     question = Question("Name a fruit.", "hard", ("Use no commas.", "Be kind."))
     first, second = (judge.judger_prompt(policy, question, "apple", c) for c in question.constraints)
-    shared = policy.decode(first[: rl.common_prefix(np.asarray(first), np.asarray(second))])
+    shared = policy.decode(first[: packing.common_prefix(np.asarray(first), np.asarray(second))])
     assert "apple" in shared and question.instruction in shared
     same = [judge.instructor_prompt(policy, s, "hard", 3, random.Random(1)) for s in ("One?", "Two?")]
     assert policy.decode(same[0]).endswith("assistant\n" + judge.OPENING["hard"]) and "One?" in policy.decode(same[0])

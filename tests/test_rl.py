@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import KINDS, make_model, make_tokenizer, randomise
 
+import packing
 import rl
 
 CFG = types.SimpleNamespace(temperature=1.0, updates=1, clip_low=0.2, clip_high=0.3, kl=0.05, grad_clip=1.0)
@@ -68,7 +69,7 @@ def test_logprobs_and_gradients_equal_row_by_row(folders, kind, bits):
 
 def test_pack_keeps_to_the_budget_and_stores_every_token_once():
     sequences = [p + c for p, c in make_pairs()]
-    rows = list(rl.pack(sequences, 80))
+    rows = list(packing.pack(sequences, 80))
     assert sorted(i for row in rows for i in row.members) == list(range(len(sequences)))
     assert len(rows) > 1
     for row in rows:
@@ -82,7 +83,7 @@ def test_pack_keeps_to_the_budget_and_stores_every_token_once():
 
 
 def test_a_sequence_longer_than_the_budget_gets_its_own_row():
-    rows = list(rl.pack([list(range(50)), [1, 2, 3]], 10))
+    rows = list(packing.pack([list(range(50)), [1, 2, 3]], 10))
     assert sorted(len(row.tokens) for row in rows) == [3, 50]
 
 
@@ -191,7 +192,7 @@ def test_late_looks_give_the_same_samples(policy, monkeypatch):
     prompts = [p for p, _ in make_pairs()[:3]]
     torch.manual_seed(5)
     now = policy.generate(prompts, 4, 20)
-    monkeypatch.setitem(rl.LOOK_EVERY, "cpu", 7)  # as on CUDA, where a look waits for the device
+    monkeypatch.setitem(packing.LOOK_EVERY, "cpu", 7)  # as on CUDA, where a look waits for the device
     torch.manual_seed(5)
     assert policy.generate(prompts, 4, 20) == now
 
@@ -205,12 +206,12 @@ def test_limits_per_sample(policy):
 def test_pick_follows_the_distribution():
     torch.manual_seed(0)
     logits = torch.randn(1, 700) * 2
-    tokens = rl.pick(logits.expand(50_000, -1), 1 - torch.rand(50_000), 0.8)
+    tokens = packing.pick(logits.expand(50_000, -1), 1 - torch.rand(50_000), 0.8)
     share = torch.bincount(tokens, minlength=700) / 50_000
     assert (share - (logits[0] / 0.8).softmax(-1)).abs().max() < 0.01
     certain = torch.full((3, 700), -1e9)
     certain[:, 600] = 0
-    assert rl.pick(certain, torch.tensor([1.0, 1e-9, 0.5]), 1.0).tolist() == [600] * 3
+    assert packing.pick(certain, torch.tensor([1.0, 1e-9, 0.5]), 1.0).tolist() == [600] * 3
 
 
 def test_eos_stays_in_the_loss_when_pad_is_eos(policy):

@@ -1,6 +1,7 @@
 """The script itself, on tiny models: a whole run, a resumed run, bad input; and one test on the embedded model."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import random
@@ -218,6 +219,46 @@ def test_a_run_folder_of_other_settings_is_refused_and_kept(setup, tmp_path, cap
     before = (tmp_path / "run" / "state.safetensors").read_bytes()
     assert "made with --lr 0.01, not 0.02" in error(capsys, setup("run", turns=1, lr=0.02))
     assert (tmp_path / "run" / "state.safetensors").read_bytes() == before
+
+
+def test_two_runs_into_one_folder(setup, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is writing here" in error(capsys, setup("run"))
+
+
+def test_steps_without_a_finite_gradient_end_the_run(setup, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    assert seif.main(setup("run", instructor_steps="0", follower_steps="9")) == 2
+    assert "5 steps in a row had no finite gradient" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_last_state(setup, tmp_path, monkeypatch, capsys):
+    real, calls = seif.save_file, []
+
+    def failing(tensors, path, about):
+        calls.append(path)
+        if len(calls) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, about)
+
+    monkeypatch.setattr(seif, "save_file", failing)
+    assert seif.main(setup("run", turns=1)) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert seif.main(setup("run", turns=1)) == 0
+    monkeypatch.setattr(seif, "save_file", real)
+    assert seif.main(setup("whole", turns=1)) == 0
+    assert same(tensors(tmp_path / "run/turn1/follower"), tensors(tmp_path / "whole/turn1/follower"))
+
+
+def test_plot(setup, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert seif.main(setup("run", turns=1)) == 0
+    assert seif.main(["plot", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "log.jsonl" in error(capsys, ["plot", tmp_path])
 
 
 def test_long_seeds_are_skipped_and_counted(setup, tmp_path, capsys):
