@@ -4,7 +4,7 @@ In this order: reading the Instructor's JSON, the Filter, the Judger, the two re
 
 Where code can decide a constraint, code decides it (rules.py); the rest goes to the model in the evaluator's role,
 whose verdict is read from P(yes) against P(no) of the next token. A verdict is 1.0, 0.0 or None: None is missing, and
-never counts as a "no". Nothing here knows of turns or training. Source: SEIF (arXiv 2605.07465), section 3.
+never counts as a "no". Nothing here knows of turns or training. Source: SEIF (arXiv 2605.07465).
 """
 
 import json
@@ -19,7 +19,7 @@ from rl import Policy, UserError
 from rules import MAX_CONSTRAINT_CHARS, RULES, check, check_loose, contradiction, intervals, recognise  # noqa: F401
 
 PROMPTS = Path(__file__).parent / "prompts"
-KINDS = {"hard": 3, "soft": 5}  # constraints asked for (SEIF section 3.1): machine-checkable ones, open ones
+KINDS = {"hard": 3, "soft": 5}  # constraints asked for, as in SEIF: machine-checkable ones, open ones
 WORDS_PER_TOKEN = 0.75  # English, so that "at least 500 words" is not asked of a 128-token answer
 
 
@@ -118,7 +118,7 @@ def code_filter(question: Question, max_new_tokens: int, checkable: bool = False
         return "contradiction"
     sorts = [constraint_type(c) for c in question.constraints if question.kind == "hard" and recognise(c)]
     if len(set(sorts)) < len(sorts):
-        return "one sort twice"  # hard constraints are of different categories (SEIF section 3.1)
+        return "one sort twice"  # hard constraints are of different categories, as in SEIF
     words = intervals(known).get(("length_constraints:number_words", None), (0, math.inf))
     if words[0] > max_new_tokens * WORDS_PER_TOKEN:
         return "over the token limit"
@@ -183,7 +183,7 @@ def judge(policy: Policy, pairs: list[tuple[Question, str]], cfg) -> list[list[V
 
 def extract_answer(text: str, think: bool) -> str:
     """The part of a completion that is judged. With `think` the whole must be <think>..</think><answer>..</answer>
-    (SEIF section 4.1); an answer in any other format counts as empty."""
+    (SEIF's format); an answer in any other format counts as empty."""
     if not think:
         return text.strip()
     match = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
@@ -201,7 +201,7 @@ def echoes(question: Question, answer: str) -> bool:
 
 
 def satisfaction(verdicts: list[Verdict]) -> float | None:
-    """r: the mean of the verdicts there are (SEIF equation 2); None if all are missing."""
+    """r: the mean of the verdicts there are (SEIF's reward of the Follower); None if all are missing."""
     values = [v.value for v in verdicts if v.value is not None]
     return sum(values) / len(values) if values else None
 
@@ -214,7 +214,7 @@ def follower_reward(question: Question, answer: str, ended: bool, verdicts: list
 
 
 def instructor_reward(r: float | None, shape: str) -> float | None:
-    """From the share r of constraints that the evaluator's own answer satisfies (SEIF equation 1).
+    """From the share r of constraints that the evaluator's own answer satisfies.
 
     "hardest" is the paper's 1 - r; "frontier" is 4 r (1 - r), which peaks where the Follower succeeds half the time.
     """

@@ -6,7 +6,7 @@ What is written by hand here, because it is the point of the project:
   LoRALinear      y = W x + (alpha / r) B A x, W frozen in 4 bits           (Hu et al. 2021, equation 3)
   TokenLogProb    log-probabilities and their gradient without the full logits
   Policy          roles, prompts, sampling, log-probabilities, one-pass verdicts
-  grpo_step       one GRPO step: group advantages, clipped ratio, k3 KL     (Shao et al. 2024; SEIF section 3)
+  grpo_step       one GRPO step: group advantages, clipped ratio, k3 KL     (Shao et al. 2024, equation 3)
 
 That a batch's shared tokens are computed once is packing.py's work; nothing here depends on how.
 
@@ -553,7 +553,8 @@ def set_advantages(episodes: list[Episode]) -> list[Episode]:
 
 
 def k3(logp: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) per token: exp(d) - d - 1 with d = log ref - log policy."""
+    """Schulman's k3 estimate of KL(policy || reference) per token (Shao et al. 2024, equation 4):
+    exp(d) - d - 1 with d = log reference - log policy."""
     d = (reference - logp).clamp(-10, 10)  # one token's accident must not become e^50
     return d.exp() - d - 1
 

@@ -6,7 +6,7 @@
     python seif.py plot RUN             one picture of the run (matplotlib)
     python seif.py --help               every setting, with its default and its reason
 
-One turn T (SEIF section 3): the Instructor is trained to write constraints that today's Follower fails (1 - r); it
+One turn T: the Instructor is trained to write constraints that today's Follower fails (1 - r); it
 then writes the questions q_T; the Follower is trained to satisfy them (r). The Filter and the Judger are the Follower
 as it stood when the turn began, frozen. All four are LoRA adapters on one quantised base model, swapped by name.
 
@@ -88,7 +88,7 @@ class Config:
     # roles
     hard_share: float = setting(0.5, "share of hard (machine-checkable) instructions; the rest are soft")
     shots: int = setting(2, "worked examples in the Instructor's prompt; small models need about 4, larger ones fewer")
-    think: bool = setting(True, "require <think>..</think><answer>..</answer> of the Follower (SEIF 4.1)")
+    think: bool = setting(True, "require <think>..</think><answer>..</answer> of the Follower, as the paper does")
     filter: str = setting("llm", "llm: code, then the model; code: code alone; off: the paper's ablation")
     checkable: bool = setting(False, "let the Filter reject hard constraints that no rule recognises")
     judge: str = setting("hybrid", "hybrid: rules where they decide, else the model; llm: the paper's way")
@@ -100,7 +100,7 @@ class Config:
     # GRPO
     temperature: float = setting(1.0, "of the Follower's rollouts; log-probabilities use it too")
     instructor_temperature: float = setting(1.0, "of the Instructor's rollouts")
-    question_temperature: float = setting(0.7, "of the Instructor when it writes q_T (SEIF 4.1)")
+    question_temperature: float = setting(0.7, "of the Instructor when it writes q_T (the paper's)")
     lr: float = setting(2e-5, "of both adapters; LoRA wants more than the 1e-6 of the paper's full fine-tuning")
     kl: float = setting(0.01, "weight of the k3 KL to the stage's start")
     clip_low: float = setting(0.2, "ratio clip below 1")
@@ -466,7 +466,7 @@ def difficulty(run: Run, role: str | None, questions: list[Question], n: int, te
 
 
 def instructor_step(run: Run, turn: int, step: int) -> dict:
-    """GRPO on proposals; reward 0 for an invalid one, else 1 - r of the evaluator's own answer (SEIF equation 1)."""
+    """GRPO on proposals; reward 0 for an invalid one, else 1 - r of the evaluator's own answer."""
     cfg, draw, clock = run.cfg, run.draw(turn, "instructor", step), Clock()
     order = random.Random(f"{cfg.seed}/{turn}").sample(run.seeds, len(run.seeds))
     seeds = [order[(step * cfg.batch + i) % len(order)] for i in range(cfg.batch)]
@@ -534,7 +534,7 @@ def write_questions(run: Run, turn: int) -> dict:
 
 
 def follower_step(run: Run, turn: int, step: int) -> dict:
-    """GRPO on answers; the reward is the mean verdict over the constraints (SEIF equation 2)."""
+    """GRPO on answers; the reward is the mean verdict over the constraints."""
     cfg, policy, clock = run.cfg, run.policy, Clock()
     run.draw(turn, "follower", step)
     questions = run.questions(turn)
