@@ -25,8 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -186,8 +184,10 @@ class Policy:
 
         The values, and so every result, are the same to the bit.
         """
-        packed = [layer for layer in self.lora.values() if isinstance(layer.base, Linear4bit)]
-        if sum(m.base.in_features * m.base.out_features for m in packed) * 4 <= CPU_UNPACK_MIB * 2**20:
+        packed = [layer for layer in self.lora.values() if getattr(layer.base.weight, "quant_state", None) is not None]
+        if packed and sum(m.base.in_features * m.base.out_features for m in packed) * 4 <= CPU_UNPACK_MIB * 2**20:
+            from bitsandbytes.functional import dequantize_4bit  # here, for it talks when imported
+
             for layer in packed:
                 weight = layer.base.weight
                 layer.unpacked = dequantize_4bit(weight.data, weight.quant_state).to(self.dtype)

@@ -53,9 +53,10 @@ def fake_groups(prompts, group: int) -> list:
     return [[ids(NEW, 1000 * i + k) for k in range(group)] for i in range(len(prompts))]
 
 
-def timed(work, repeat: int) -> tuple[float, list[float]]:
-    """Median seconds of `repeat` runs after a warm-up, and all of them."""
-    work()
+def timed(work, repeat: int, warmup: int) -> tuple[float, list[float]]:
+    """Median seconds of `repeat` runs after `warmup` others, and all of them."""
+    for _ in range(warmup):
+        work()
     seconds = []
     for _ in range(repeat):
         start = time.perf_counter()
@@ -95,13 +96,14 @@ class Bench:
 
     def __init__(self, args):
         path = args.model or str(seif.embedded_model())
-        self.repeat, self.policy = args.repeat, rl.load(path, args.bits, token_budget=args.token_budget)
+        self.repeat, self.warmup = args.repeat, args.warmup
+        self.policy = rl.load(path, args.bits, token_budget=args.token_budget)
         self.policy.add("follower")
         self.optimizer = torch.optim.AdamW(self.policy.tensors("follower").values(), lr=1e-4)
         self.policy.eos = set()  # forced lengths
 
     def result(self, work, useful: int = 0, gflops: float = 0.0, rows: int = 1024) -> dict:
-        seconds, every = timed(work, self.repeat)
+        seconds, every = timed(work, self.repeat, self.warmup)
         row = {"seconds": round(seconds, 3), "all": [round(s, 2) for s in every], "peak_mib": seif.peak_mib()}
         if useful:
             row["tokens_per_second"] = round(useful / seconds, 1)
@@ -218,7 +220,7 @@ def run_trl(kind: str, args) -> dict:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=nf4 if args.bits == 4 else None)
     tokenizer = AutoTokenizer.from_pretrained(path)
     count, length, shared = STEPS[kind]
-    steps, words = args.repeat + 1, "lake hill rain sun tree road wind bird".split()
+    steps, words = args.repeat + args.warmup, "lake hill rain sun tree road wind bird".split()
     text = lambda n, seed: " ".join(random.Random(seed).choices(words, k=n))  # one token a word
     rows = [
         {"prompt": [{"role": "user", "content": text(shared, 0) + " " + text(length - shared - 30, i + 1)}]}
@@ -262,7 +264,7 @@ def run_trl(kind: str, args) -> dict:
         callbacks=[Clock()],
     )
     trainer.train()
-    seconds = [b - a for a, b in zip(stamps, stamps[1:])][1:]
+    seconds = [b - a for a, b in zip(stamps, stamps[1:])][args.warmup :]
     return {
         "seconds": round(statistics.median(seconds), 3),
         "all": [round(s, 2) for s in seconds],
@@ -277,6 +279,7 @@ def main() -> None:
     parser.add_argument("--model", help="model folder or id; default: the embedded model")
     parser.add_argument("--bits", type=int, default=4, choices=(4, 16))
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--token-budget", type=int, default=2048)
     parser.add_argument(
         "--against", choices=("trl", "trl-cb"), help="measure TRL on the two GRPO steps; cb: its continuous batching"
