@@ -622,7 +622,11 @@ def end_turn(run: Run, turn: int) -> dict:
         follower, _ = evaluate(run.policy, "follower", run.heldout, cfg)
         questions = run.questions(turn)[: cfg.eval_rows or None]
         rs = [r for r, _, _ in difficulty(run, None, questions, 1, 0.0, Clock()) if r is not None] if questions else []
+    spent: Counter[str] = Counter()
+    for _, row in judge.read_jsonl(run.folder / "log.jsonl"):
+        spent.update(row["seconds"] if row["turn"] == turn else {})
     return {
+        "turn_seconds": dict(spent + clock),
         "heldout_base": json.loads(base_file.read_text()),
         "heldout_follower": follower,
         "base_r_on_questions": sum(rs) / len(rs) if rs else None,
