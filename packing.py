@@ -266,14 +266,14 @@ class Sampler:
         cache.width = max(self.held) + 1
         length, sample, count = cache.length[:n], self.sample[:n], self.count[:n]
         mask = torch.arange(cache.width, device=policy.device) <= length[:, None]  # (n, width)
-        hidden = policy.model.base_model(
+        out = policy.model.base_model(
             input_ids=self.token[:n, None],
             position_ids=length[:, None],
             attention_mask=mask[:, None, None],
-            past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state[:, 0]
-        token = pick(policy._head(hidden), self.uniform[sample, count], self.temperature)
+            **{policy.cache_argument: cache},
+        )
+        token = pick(policy._head(out.last_hidden_state[:, 0]), self.uniform[sample, count], self.temperature)
         self.token[:n] = self.out[sample, count] = token
         length += 1
         count += 1

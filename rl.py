@@ -13,6 +13,7 @@ That a batch's shared tokens are computed once is packing.py's work; nothing her
 What is left out: value network, reward model, padding, full-vocabulary logits, merged weights, distributed training.
 """
 
+import inspect
 import json
 import math
 import os
@@ -162,6 +163,8 @@ class Policy:
         self._special = re.compile("|".join(map(re.escape, added)) or r"(?!)")
         self._no_system = not self._template_takes_system()
         self._verdict_ids = [self._single_tokens(words) for words in (YES, NO)]
+        names = inspect.signature(model.base_model.forward).parameters
+        self.cache_argument = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
         self._recomputed = 0  # how many of the last layers drop their activations, see _forward
         for i, layer in enumerate(model.base_model.layers):
             layer.forward = self._recomputing(layer.forward, len(model.base_model.layers) - i)
@@ -361,9 +364,8 @@ class Policy:
         """A packed row -> hidden states (L, d)."""
         self._recomputed = self._layers_to_recompute(len(row.tokens)) if torch.is_grad_enabled() else 0
         ids, depth = (torch.from_numpy(x).to(self.device)[None] for x in (row.tokens, row.depth))
-        out = self.model.base_model(
-            input_ids=ids, position_ids=depth, past_key_values=cache, use_cache=cache is not None, **self._masks(row)
-        )
+        cached = {self.cache_argument: cache, "use_cache": cache is not None}
+        out = self.model.base_model(input_ids=ids, position_ids=depth, **cached, **self._masks(row))
         return out.last_hidden_state[0]
 
     def _masks(self, row: Row) -> dict:
