@@ -25,10 +25,12 @@ def draw(run: str, out: str) -> None:
         raise UserError(f"{run}/log.jsonl: no finished turn to plot yet")
     figure, ((reward, kl), (turns, types)) = plt.subplots(2, 2, figsize=(12, 7), constrained_layout=True)
     for stage, colour in COLOURS.items():
-        steps = [(x, row) for x, row in enumerate(rows) if row["stage"] == stage]
-        reward.plot([x for x, _ in steps], [row["reward"] for _, row in steps], "o-", color=colour, label=stage, ms=3)
-        moved = [(x, row["kl"]) for x, row in steps if "kl" in row]
-        kl.plot([x for x, _ in moved], [value for _, value in moved], "o-", color=colour, label=stage, ms=3)
+        for turn in {row["turn"] for row in rows}:  # a line per turn: its adapter's KL starts anew
+            steps = [(x, row) for x, row in enumerate(rows) if row["stage"] == stage and row["turn"] == turn]
+            style = {"color": colour, "ms": 3, "label": stage if turn == 1 else None}
+            reward.plot([x for x, _ in steps], [row["reward"] for _, row in steps], "o-", **style)
+            moved = [(x, row["kl"]) for x, row in steps if "kl" in row]
+            kl.plot([x for x, _ in moved], [value for _, value in moved], "o-", **style)
     for axis, title in ((reward, "mean reward"), (kl, "KL to the stage's start, per token")):
         for x, row in enumerate(rows):
             if row["stage"] == "evaluation":
