@@ -466,7 +466,7 @@ class Policy:
         limit = self.activation_mib or CPU_ACTIVATION_MIB
         if self.device.type == "cuda" and not self.activation_mib:
             limit = 0.5 * torch.cuda.mem_get_info(self.device)[0] / 2**20
-        # Kept per token and layer, in vectors of the hidden and of the inner size (tests/bench.py measures it).
+        # Kept per token and layer, in vectors of the hidden and of the inner size (counted on a Llama by saved-tensor hooks).
         mib = tokens * (9 * config.hidden_size + 4 * config.intermediate_size) * self.dtype.itemsize / 2**20
         layers = config.num_hidden_layers
         return layers - min(layers, int(limit / mib))
