@@ -116,8 +116,7 @@ def code_filter(question: Question, max_new_tokens: int, checkable: bool = False
     known = [rule for rule in rules if rule]
     if contradiction(known):
         return "contradiction"
-    sorts = [constraint_type(c) for c in question.constraints if question.kind == "hard" and recognise(c)]
-    if len(set(sorts)) < len(sorts):
+    if question.kind == "hard" and len({name for name, _ in known}) < len(known):
         return "one sort twice"  # hard constraints are of different categories, as in SEIF
     words = intervals(known).get(("length_constraints:number_words", None), (0, math.inf))
     if words[0] > max_new_tokens * WORDS_PER_TOKEN:

@@ -60,24 +60,24 @@ def pack(sequences: list[list[int]], budget: int, prefix: int = 0) -> Iterator[R
     start = 0
     while start < len(order):
         stop, size, last = start, 0, arrays[order[start]][:0]
-        runs = []  # (shared, new) per sequence of this row
+        growth = []  # (shared, new) tokens per sequence of this row
         while stop < len(order):
             ids = arrays[order[stop]]
             shared = common_prefix(last, ids)
             if stop > start and size + len(ids) - shared > budget:
                 break
-            runs.append((shared, len(ids) - shared))
+            growth.append((shared, len(ids) - shared))
             size, last, stop = size + len(ids) - shared, ids, stop + 1
-        yield _lay_out([arrays[i] for i in order[start:stop]], runs, size, prefix, order[start:stop])
+        yield _lay_out([arrays[i] for i in order[start:stop]], growth, size, prefix, order[start:stop])
         start = stop
 
 
-def _lay_out(arrays: list, runs: list, size: int, prefix: int, members: list[int]) -> Row:
+def _lay_out(arrays: list, growth: list, size: int, prefix: int, members: list[int]) -> Row:
     tokens, depth = np.empty(size, np.int64), np.empty(size, np.int64)
     mask = np.zeros((size, prefix + size), bool)
     mask[:, :prefix] = True
-    edges, paths, path, at = [], [], np.empty(0, np.int64), 0
-    for ids, (shared, new) in zip(arrays, runs):
+    runs, paths, path, at = [], [], np.empty(0, np.int64), 0
+    for ids, (shared, new) in zip(arrays, growth):
         end = at + new
         tokens[at:end] = ids[shared:]
         depth[at:end] = prefix + np.arange(shared, shared + new)
@@ -85,11 +85,11 @@ def _lay_out(arrays: list, runs: list, size: int, prefix: int, members: list[int
             mask[at:end] = mask[path[shared - 1]]  # all that the parent sees, the parent included
         mask[at:end, prefix + at : prefix + end] = np.tri(new, dtype=bool)
         if new:
-            edges.append((at, end, np.concatenate([np.arange(prefix), prefix + path[:shared]])))
+            runs.append((at, end, np.concatenate([np.arange(prefix), prefix + path[:shared]])))
         path = np.concatenate([path[:shared], np.arange(at, end)])
         paths.append(path)
         at = end
-    return Row(tokens, depth, mask, edges, paths, members)
+    return Row(tokens, depth, mask, runs, paths, members)
 
 
 def one_by_one(sequences: list[list[int]]) -> Iterator[Row]:

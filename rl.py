@@ -206,6 +206,7 @@ class Policy:
         tolerance = 1e-2 if self.dtype == torch.float32 else 1.0
 
         def agrees(rows) -> bool:
+            """Whether our forward over these rows gives the model's own logits."""
             logits = ((row, self._head(self._forward(row))) for row in rows)
             pairs = [(out[path], exact[i]) for row, out in logits for path, i in zip(row.paths, row.members)]
             return all((ours - theirs).abs().max().item() < tolerance for ours, theirs in pairs)
@@ -253,13 +254,6 @@ class Policy:
             layer.A[role] = nn.Parameter(a.to(self.device))
             layer.B[role] = nn.Parameter(torch.zeros(fan_out, rank, device=self.device))
             layer.scale[role] = alpha / rank
-
-    def copy(self, source: str, role: str) -> None:
-        """Make `role` a frozen copy of `source` (an evaluator, a KL reference)."""
-        for layer in self.lora.values():
-            layer.A[role] = nn.Parameter(layer.A[source].detach().clone(), requires_grad=False)
-            layer.B[role] = nn.Parameter(layer.B[source].detach().clone(), requires_grad=False)
-            layer.scale[role] = layer.scale[source]
 
     def tensors(self, role: str) -> dict[str, nn.Parameter]:
         """The role's parameters under PEFT's names."""
@@ -454,6 +448,7 @@ class Policy:
         """A layer's forward that keeps no activations when `place`, counted from the last layer, says so."""
 
         def run(*args, **kwargs):
+            """Takes the layer's place."""
             if place <= self._recomputed:
                 return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
             return forward(*args, **kwargs)
@@ -487,16 +482,18 @@ class Policy:
         limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * total
         if not total:
             return []
-        if not self.packs:
-            return [self._generate_plain(p, n, max(limits), temperature, on_done) for p in prompts]
-        sampler = Sampler(self, prompts, n, limits, temperature)
-        while sampler.active:
-            for _ in range(sampler.look):
-                sampler.step()
-            for _ in range(sampler.retire()):
-                if on_done:
-                    on_done()
-        samples = [cut_at_eos(ids[:limit], self.eos) for ids, limit in zip(sampler.out.tolist(), limits)]
+        if self.packs:
+            sampler = Sampler(self, prompts, n, limits, temperature)
+            while sampler.active:
+                for _ in range(sampler.look):
+                    sampler.step()
+                for _ in range(sampler.retire()):
+                    if on_done:
+                        on_done()
+            raw = sampler.out.tolist()
+        else:
+            raw = [ids for p in prompts for ids in self._generate_plain(p, n, max(limits), temperature, on_done)]
+        samples = [cut_at_eos(ids[:limit], self.eos) for ids, limit in zip(raw, limits)]
         return [samples[i : i + n] for i in range(0, total, n)]
 
     def _generate_plain(self, prompt, n, max_new_tokens, temperature, on_done) -> list[list[int]]:
@@ -513,7 +510,7 @@ class Policy:
         )
         for _ in range(n if on_done else 0):
             on_done()
-        return [cut_at_eos(row[len(prompt) :], self.eos) for row in out.tolist()]
+        return [row[len(prompt) :] for row in out.tolist()]
 
 
 # ---------------------------------------------------------------- GRPO

@@ -136,6 +136,7 @@ CHOICES = dict(filter=("llm", "code", "off"), judge=("hybrid", "llm"), reward=("
 MAY_CHANGE = {"out", "turns", "save_every", "slots", "token_budget", "activation_mib"}  # when a run is resumed
 POSITIVE = (
     "turns",
+    "retries",
     "batch",
     "group",
     "rank",
@@ -169,6 +170,11 @@ def read_config(argv: list[str]) -> Config:
     for name in POSITIVE:
         if getattr(config, name) < 1:
             raise UserError(f"{flag(name)} {getattr(config, name)}: must be at least 1")
+    bank = min(len(judge.instructor_examples(kind)) for kind in judge.KINDS)
+    if not 0 <= config.shots <= bank:
+        raise UserError(
+            f"--shots {config.shots}: prompts/instructor_examples.jsonl has 0 to {bank} to show of each kind"
+        )
     for name in ("instructor_steps", "follower_steps"):
         steps_of(getattr(config, name), 1, 0, flag(name))
     return config
@@ -476,8 +482,11 @@ def instructor_step(run: Run, turn: int, step: int) -> dict:
     valid = [i for i, (_, reason) in enumerate(proposals) if not reason]
     results = difficulty(run, "evaluator", [proposals[i][0] for i in valid], cfg.answers, cfg.temperature, clock)
     common = judge.type_statistics([proposals[i][0] for i in valid])
-    rewards: list[float] = [0.0] * len(proposals)
-    for i, (r, _, _) in zip(valid, results):
+    rewards: list[float | None] = [0.0] * len(proposals)
+    for i, (r, _, verdicts) in zip(valid, results):
+        if r is None and verdicts:  # answered, and every verdict missing: nothing is known of this proposal
+            rewards[i] = None
+            continue
         types = [judge.constraint_type(c) for c in proposals[i][0].constraints]
         share = types.count(common["top_type"]) / len(types)
         rewards[i] = (judge.instructor_reward(r, cfg.reward) or 0.0) - cfg.type_penalty * common["top_share"] * share

@@ -97,7 +97,7 @@ class Bench:
     def __init__(self, args):
         path = args.model or str(seif.embedded_model())
         self.repeat, self.warmup = args.repeat, args.warmup
-        self.policy = rl.load(path, args.bits, token_budget=args.token_budget)
+        self.policy = rl.load(path, args.bits, token_budget=args.token_budget, activation_mib=args.activation_mib)
         self.policy.add("follower")
         self.optimizer = torch.optim.AdamW(self.policy.tensors("follower").values(), lr=1e-4)
         self.policy.eos = set()  # forced lengths
@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, choices=(4, 16))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--activation-mib", type=int, default=0)
     parser.add_argument("--token-budget", type=int, default=2048)
     parser.add_argument(
         "--against", choices=("trl", "trl-cb"), help="measure TRL on the two GRPO steps; cb: its continuous batching"

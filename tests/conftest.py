@@ -97,3 +97,11 @@ def randomise(policy, role: str, seed: int = 3) -> None:
     for name, parameter in policy.tensors(role).items():
         if "lora_B" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def copy_role(policy, source: str, role: str) -> None:
+    """`role` becomes a frozen copy of `source`."""
+    policy.add(role)
+    for name, parameter in policy.tensors(role).items():
+        parameter.data.copy_(policy.tensors(source)[name])
+        parameter.requires_grad_(False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import KINDS, make_model, make_tokenizer, randomise
+from conftest import KINDS, copy_role, make_model, make_tokenizer, randomise
 
 import packing
 import rl
@@ -135,7 +135,7 @@ def test_a_step_changes_its_own_role_and_nothing_else(folders, bits, updates):
     for role in ("instructor", "follower"):
         policy.add(role)
         randomise(policy, role)
-    policy.copy("follower", "evaluator")
+    copy_role(policy, "follower", "evaluator")
     optimizer = torch.optim.AdamW(policy.tensors("follower").values(), lr=1e-2)
     roles, base = snapshot(policy)
     cfg = types.SimpleNamespace(**(vars(CFG) | {"updates": updates}))
@@ -197,8 +197,9 @@ def test_late_looks_give_the_same_samples(policy, monkeypatch):
     assert policy.generate(prompts, 4, 20) == now
 
 
-def test_limits_per_sample(policy):
-    policy.eos = set()
+@pytest.mark.parametrize("packs", [True, False])
+def test_limits_per_sample(policy, packs):
+    policy.eos, policy.packs = set(), packs
     out = policy.generate([[1, 2], [3, 4]], 2, [1, 5, 3, 9])
     assert [[len(c) for c in group] for group in out] == [[1, 5], [3, 9]]
 
@@ -267,7 +268,7 @@ def test_tied_groups_do_nothing(policy):
 def test_the_update_is_the_gradient_of_the_mean_token_loss(policy):
     """One step against the whole loss written out over plain log-probabilities."""
     randomise(policy, "follower")
-    policy.copy("follower", "reference")
+    copy_role(policy, "follower", "reference")
     randomise(policy, "reference", seed=9)
     episodes = episodes_for(policy, [0, 1, 0, 1, 1, 0, 0, 0.5])
     parameters = list(policy.tensors("follower").values())
