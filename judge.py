@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from rl import Policy, UserError
+from data import UserError, read_jsonl, read_text
+from rl import Policy
 from rules import MAX_CONSTRAINT_CHARS, RULES, check, check_loose, contradiction, intervals, recognise  # noqa: F401
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -95,10 +96,11 @@ def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def code_filter(question: Question, max_new_tokens: int, checkable: bool = False) -> str:
+def code_filter(question: Question, max_new_tokens: int, checkable: bool = False, min_words: int = 0) -> str:
     """What code can see wrong with an instruction: a reason to reject it, or "".
 
     `checkable`: hard constraints that no rule recognises are rejected too, so that no model's verdict is needed.
+    `min_words`: an instruction that allows fewer words is too: "at most 4 words" is hard, and leaves no answer.
     """
     seed, plain = _plain(question.seed), [_plain(c) for c in question.constraints]
     if len(set(plain)) < len(plain):
@@ -121,6 +123,8 @@ def code_filter(question: Question, max_new_tokens: int, checkable: bool = False
     words = intervals(known).get(("length_constraints:number_words", None), (0, math.inf))
     if words[0] > max_new_tokens * WORDS_PER_TOKEN:
         return "over the token limit"
+    if words[1] < min_words:
+        return "no room for an answer"
     return ""
 
 
@@ -131,7 +135,7 @@ def filter_questions(policy: Policy, questions: list[Question], cfg) -> list[str
     """
     if cfg.filter == "off":
         return [""] * len(questions)
-    reasons = [code_filter(q, cfg.max_new_tokens, cfg.checkable) for q in questions]
+    reasons = [code_filter(q, cfg.max_new_tokens, cfg.checkable, cfg.min_words) for q in questions]
     left = [i for i, reason in enumerate(reasons) if not reason] if cfg.filter == "llm" else []
     for i, p in zip(left, policy.yes_probability([filter_prompt(policy, questions[i]) for i in left])):
         reasons[i] = "rejected by the model" if p < 0.5 else ""
@@ -248,37 +252,22 @@ def prompt_text(name: str) -> str:
     return read_text(PROMPTS / f"{name}.txt").strip()
 
 
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file's text; UserError if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); give a UTF-8 file"
-        ) from error
-
-
-def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
-    """(line number, object) for every non-empty line; UserError names the first line that is no JSON object."""
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); each line must be one object") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a JSON object is needed, not {line.strip()[:40]!r}")
-        rows.append((number, row))
-    return rows
+def read_questions(path: str | Path) -> list[Question]:
+    """Lines {"seed", "kind", "constraints"} -> questions; UserError names the line that is not so."""
+    questions = []
+    for number, row in read_jsonl(path):
+        seed, kind, constraints = (row.get(key) for key in ("seed", "kind", "constraints"))
+        listed = isinstance(constraints, list) and all(isinstance(c, str) for c in constraints)
+        if not isinstance(seed, str) or kind not in KINDS or not listed:
+            raise UserError(f"{path}, line {number}: needs seed, kind (hard or soft) and constraints, a list of texts")
+        questions.append(Question(seed, kind, tuple(constraints)))
+    return questions
 
 
 @cache
 def instructor_examples(kind: str) -> list[Question]:
     """The worked examples that show a small Instructor what is wanted (prompts/instructor_examples.jsonl)."""
-    rows = [row for _, row in read_jsonl(PROMPTS / "instructor_examples.jsonl")]
-    return [Question(row["seed"], row["kind"], tuple(row["constraints"])) for row in rows if row["kind"] == kind]
+    return [q for q in read_questions(PROMPTS / "instructor_examples.jsonl") if q.kind == kind]
 
 
 # The Instructor's answer is begun for it: a small model would else answer the question.

@@ -2,6 +2,7 @@
 
     pack        sequences -> prefix trees, each laid out in one row: distinct tokens, positions by depth, who sees whom
     attention   sdpa that computes a packed row without the scores its mask would hide
+    TokenLogProb  log-probabilities and their gradient without the full logits
     Sampler     sampling with what prompts share prefilled once and a batch that stays full
 
 Prompts share templates, samples share prompts, verdicts share instruction and answer; that is most of a step's tokens.
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+HEAD_CHUNK = 1 << 24  # logits held at once, in elements: 64 MiB of fp32, whatever the vocabulary
 PICK_BLOCK = 256  # tokens of the vocabulary summed together when sampling
 LOOK_EVERY = {"cuda": 8, "cpu": 1}  # look for finished rows every so many tokens: on CUDA a look waits for the device
 CPU_SLOTS, CUDA_SLOTS = 64, 256  # sequences sampled side by side, at most: beyond, a step only gets longer
@@ -170,6 +172,39 @@ class SlotCache(Cache):
             keys[slot, :, : self.width] = keys[source, :, : self.width]
             values[slot, :, : self.width] = values[source, :, : self.width]
         self.length[slot] = self.length[source]
+
+
+class TokenLogProb(torch.autograd.Function):
+    """log p(target | hidden) without ever holding the full logits.
+
+    The head W is frozen, so d log p(t) / d hidden = (W[t] - softmax(W hidden) W) / temperature is known as soon as the
+    logits are: it is computed in the forward pass, chunk by chunk, and kept in place of them: (N, d) for (N, V).
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> Tensor:
+        """hidden (N, d), weight (V, d), targets (N,) -> (N,) in fp32."""
+        out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        size = max(1, HEAD_CHUNK // len(weight))
+        for at in range(0, len(hidden), size):
+            h, t = hidden[at : at + size], targets[at : at + size]
+            logits = F.linear(h, weight, bias).float().div_(temperature)
+            logits.sub_(logits.logsumexp(-1, keepdim=True))
+            out[at : at + size] = logits.gather(1, t[:, None])[:, 0]
+            if grad is not None:
+                expected = logits.exp_().to(weight.dtype) @ weight
+                grad[at : at + size] = (weight[t] - expected) / temperature
+        ctx.save_for_backward(grad)
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        """(N,) -> (N, d)."""
+        (grad,) = ctx.saved_tensors
+        return upstream[:, None].to(grad.dtype) * grad, None, None, None, None
 
 
 # ---------------------------------------------------------------- sampling

@@ -4,11 +4,10 @@ It knows token ids and rewards and nothing of instructions, constraints or turns
 
 What is written by hand here, because it is the point of the project:
   LoRALinear      y = W x + (alpha / r) B A x, W frozen in 4 bits           (Hu et al. 2021, equation 3)
-  TokenLogProb    log-probabilities and their gradient without the full logits
   Policy          roles, prompts, sampling, log-probabilities, one-pass verdicts
   grpo_step       one GRPO step: group advantages, clipped ratio, k3 KL     (Shao et al. 2024, equation 3)
 
-That a batch's shared tokens are computed once is packing.py's work; nothing here depends on how.
+That a batch's shared tokens are computed once, and no full logits are held, is packing.py's work.
 
 What is left out: value network, reward model, padding, full-vocabulary logits, merged weights, distributed training.
 """
@@ -16,7 +15,6 @@ What is left out: value network, reward model, padding, full-vocabulary logits, 
 import inspect
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,19 +30,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from packing import Row, RowCache, Sampler, common_prefix, cut_at_eos, one_by_one, pack
+from data import UserError, replace_file
+from packing import HEAD_CHUNK, Row, RowCache, Sampler, TokenLogProb, common_prefix, cut_at_eos, one_by_one, pack
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-HEAD_CHUNK = 1 << 24  # logits held at once, in elements: 64 MiB of fp32, whatever the vocabulary
 MIN_BUDGET = 128  # tokens a row; halving stops here
 YES, NO = ("yes", "Yes", " yes", " Yes", "YES"), ("no", "No", " no", " No", "NO")
 CPU_ACTIVATION_MIB = 512  # activations kept for the backward pass on a machine without a GPU; beyond, recomputed
 CPU_UNPACK_MIB = 1024  # 4-bit weights whose fp32 values take no more are held unpacked on the CPU
 MIN_VERDICT_MASS = 1e-3  # P(yes) + P(no) below this: the model is not answering the question, no verdict
-
-
-class UserError(Exception):
-    """Something the user can mend; seif.py prints it in one line and exits with status 2."""
 
 
 # ---------------------------------------------------------------- LoRA
@@ -69,39 +63,6 @@ class LoRALinear(nn.Module):
             return y
         down = F.linear(x, self.A[self.role].to(x.dtype)) * self.scale[self.role]  # (..., r): scale where it is small
         return y + F.linear(down, self.B[self.role].to(x.dtype))
-
-
-class TokenLogProb(torch.autograd.Function):
-    """log p(target | hidden) without ever holding the full logits.
-
-    The head W is frozen, so d log p(t) / d hidden = (W[t] - softmax(W hidden) W) / temperature is known as soon as the
-    logits are: it is computed in the forward pass, chunk by chunk, and kept in place of them: (N, d) for (N, V).
-    """
-
-    @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
-    ) -> Tensor:
-        """hidden (N, d), weight (V, d), targets (N,) -> (N,) in fp32."""
-        out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, HEAD_CHUNK // len(weight))
-        for at in range(0, len(hidden), size):
-            h, t = hidden[at : at + size], targets[at : at + size]
-            logits = F.linear(h, weight, bias).float().div_(temperature)
-            logits.sub_(logits.logsumexp(-1, keepdim=True))
-            out[at : at + size] = logits.gather(1, t[:, None])[:, 0]
-            if grad is not None:
-                expected = logits.exp_().to(weight.dtype) @ weight
-                grad[at : at + size] = (weight[t] - expected) / temperature
-        ctx.save_for_backward(grad)
-        return out
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        """(N,) -> (N, d)."""
-        (grad,) = ctx.saved_tensors
-        return upstream[:, None].to(grad.dtype) * grad, None, None, None, None
 
 
 # ---------------------------------------------------------------- the policy: base model + adapters
@@ -134,6 +95,7 @@ def load(model: str, bits: int = 4, device: str | None = None, **options) -> "Po
             quantization_config=quantisation,
             device_map={"": device},
             attn_implementation="packed_sdpa",
+            use_safetensors=True,  # never a pickle
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:200]
@@ -654,13 +616,3 @@ def grpo_step(policy: Policy, role: str, reference: str | None, episodes: list[E
         optimizer.zero_grad(set_to_none=True)
     metrics |= {name: value / tokens for name, value in sums.items()}
     return metrics | {"tokens_trained": tokens, "grad_norm": sum(norms) / len(norms) if norms else math.nan}
-
-
-def replace_file(path: str | Path, write) -> None:
-    """write(temporary path), then rename: a reader, or a power cut, sees the old file or the new one, never half."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    write(part)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)

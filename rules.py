@@ -121,6 +121,17 @@ def _count(word: str, text: str) -> int:
     return len(re.findall(re.escape(word), text, re.IGNORECASE))
 
 
+def _emphasised(phrase: str, text: str, bold: bool) -> bool:
+    """Whether a phrase stands inside **bold** or __bold__, or (not bold) in any emphasis of markdown's."""
+    mark, inner = (r"(\*\*|__)", r"[^*\n]*?") if bold else (r"(\*\*?|__?)", r"[^*_\n]*?")
+    return bool(re.search(rf"{mark}{inner}(?<![^\W_]){re.escape(phrase)}(?![^\W_]){inner}\1", text, re.IGNORECASE))
+
+
+def _starts_with(text: str, phrase: str) -> bool:
+    text, phrase = text.strip().lstrip("\"'*_# ").lower(), phrase.strip().lower()
+    return text.startswith(phrase) and not (phrase[-1:].isalnum() and text[len(phrase) : len(phrase) + 1].isalnum())
+
+
 def _outside(word: str, text: str) -> bool:
     return not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)
 
@@ -130,7 +141,8 @@ def _quoted(text: str) -> bool:
 
 
 # id -> check(text, kwargs). Kwargs names are IFEval's. Wider than IFEval, for what Instructors write: "relation" where
-# IFEval has an exact count, more relations, several keywords in one frequency rule, paragraphs with a "divider".
+# IFEval has an exact count, more relations, several keywords in one frequency rule, paragraphs with a "divider", and
+# two rules of our own, start_checker and highlighted_words.
 RULES = {
     "change_case:capital_word_frequency": lambda t, k: _relates(
         count_capital_words(t), k["capital_relation"], k["capital_frequency"]
@@ -148,6 +160,7 @@ RULES = {
     "detectable_format:constrained_response": lambda t, k: any(
         option in t for option in k.get("options", ("My answer is yes.", "My answer is no.", "My answer is maybe."))
     ),
+    "detectable_format:highlighted_words": lambda t, k: all(_emphasised(p, t, k["bold"]) for p in k["phrases"]),
     "detectable_format:json_format": lambda t, k: _is_json(t),
     "detectable_format:multiple_sections": lambda t, k: (
         len(re.findall(rf"{re.escape(k['section_spliter'])}\s?\d+", t)) >= k["num_sections"]
@@ -173,7 +186,7 @@ RULES = {
     "language:response_language": lambda t, k: None if (code := _language(t)) is None else code == k["language"],
     "length_constraints:nth_paragraph_first_word": _nth_paragraph_starts,
     "length_constraints:number_paragraphs": lambda t, k: (
-        (n := _split_filled(t, r"\s?\*\*\*\s?")) is not None
+        (n := _split_filled(t, r"\n\s*\n" if "divider" in k else r"\s?\*\*\*\s?")) is not None
         and _relates(n, k.get("relation", "exactly"), k["num_paragraphs"])
     ),
     "length_constraints:number_sentences": lambda t, k: _relates(count_sentences(t), k["relation"], k["num_sentences"]),
@@ -183,6 +196,7 @@ RULES = {
     "punctuation:no_comma": lambda t, k: "," not in t,
     "startend:end_checker": lambda t, k: t.strip().strip('"').lower().endswith(k["end_phrase"].strip().lower()),
     "startend:quotation": lambda t, k: _quoted(t),
+    "startend:start_checker": lambda t, k: _starts_with(t, k["start_phrase"]),
 }
 
 
@@ -216,27 +230,29 @@ _DIGITS = {
 }
 _DIGITS |= {"fifteen": 15, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "a single": 1, "hundred": 100}
 _NUMBER = rf"(\d{{1,5}}|{'|'.join(_DIGITS)})\b"
+_TEXT = (
+    r"(?:(?:the|your|this) )?(?:(?:entire|whole|full|final|complete|overall|generated) )*"
+    r"(?:response|answer|output|reply|text)"
+)
 _RELATIONS = {
     ">=": r"(?:at least|at minimum|no fewer than|no less than|not less than|not fewer than|a minimum of|minimum)",
-    "<=": r"(?:at most|no more than|not more than|up to|a maximum of|maximum|not exceed|not exceeding|limited to|within)",
+    "<=": r"(?:at most|no more than|not more than|up to|a maximum of|maximum|not exceed|not exceeding|within"
+    rf"|limited to|limit(?: {_TEXT}| it)? to)",
     "==": r"(?:exactly|precisely|only|just)",
     "<": r"(?:less than|fewer than|under|below)",
     ">": r"(?:more than|over|above)",
 }
 _NAMES = {">=": "at least", "<=": "at most", "==": "exactly", "<": "less than", ">": "more than"}
 _QUOTE = re.compile(r"""(?<!\w)(?:"([^"]{1,200})"|'((?:[^']|(?<=\w)'(?=\w)){1,200})'|`([^`]{1,200})`)(?!\w)""")
-_TEXT = (
-    r"(?:(?:the|your|this) )?(?:(?:entire|whole|full|final|complete|overall|generated) )*"
-    r"(?:response|answer|output|reply|text)"
-)
 _MODAL = r"(?:must|should|shall|has to|needs to|need to|is to|will|can|may)"
 _VERB = (
     r"(?:contains?|includes?|has|is|have|uses?|feature|consist of|comprise|incorporate|present|provide|give|add|insert"
-    r"|mention|be written (?:in|with|using)|be composed of|be|write|answer with|respond with|limit to|keep to)"
+    r"|mention|be written(?: entirely| completely| only)? (?:in|with|using)|be composed of|be|write|answer with|respond with|limit to|keep to)"
 )
 _NOT = (
     r"(?:(?:do not|don't|must not|should not|not|never) (?:contain|include|have|use|mention|employ)"
-    r"|avoid(?: using| the use of)?|refrain from(?: using| the use of| including)?|exclude|omit|no)"
+    r"|there (?:must|should) not be"
+    r"|(?:be )?(?:written )?without(?: using| the use of)?|avoid(?: using| the use of)?|refrain from(?: using| the use of| including)?|exclude|omit|no)"
 )
 _LEAD = re.compile(
     rf"(?:please |ensure (?:that )?|make sure (?:that )?|keep {_TEXT} |limit {_TEXT} to |in {_TEXT},? "
@@ -257,7 +273,7 @@ def _canonical(sentence: str) -> tuple[str, list[str]]:
     quotes: list[str] = []
 
     def keep(match):
-        text = next(group for group in match.groups() if group).strip()
+        text = next(group for group in match.groups() if group).strip().rstrip(",")
         if not text.strip("* "):
             return text  # a divider, not a word
         quotes.append(text)
@@ -266,7 +282,7 @@ def _canonical(sentence: str) -> tuple[str, list[str]]:
     text = re.sub(r"[‘’]", "'", re.sub(r"[“”]", '"', " ".join(sentence.split())))
     # Two of IFEval's own sentences name a phrase or a word without quotes.
     text = re.sub(r"(this exact phrase )([^\"'`].*?)\.? (?=No other words)", r"\1`\2` ", text)
-    text = re.sub(r"(?<=each section with )(\w+)(?= X\b)", r"`\1`", text)
+    text = re.sub(r"(section|marked|each|each one) with (\w+)(?= X\b)", r"\1 with `\2`", text)
     text = _QUOTE.sub(keep, re.sub(r"^[-*\d.)]+ ", "", text))
     text = re.sub(r"[A-Z]+", lambda m: m[0] if m[0] == "Q" else m[0].lower(), text)
     text = re.sub(r"\[(Q(?:, Q)*)\]", r"\1", text).rstrip(" .!")
@@ -277,12 +293,18 @@ def _canonical(sentence: str) -> tuple[str, list[str]]:
         text = re.sub(rf"\b{phrase} {_NUMBER}", _digits(sign + "{}"), text)
     text = re.sub(rf"(?<![=<>.]){_NUMBER} or more\b", _digits(">={}"), text)
     text = re.sub(rf"(?<![=<>.]){_NUMBER} or (?:fewer|less)\b", _digits("<={}"), text)
+    for sign, end in (("<=", "(?:fewer|less)"), (">=", "more")):
+        text = re.sub(
+            rf"(?<![=<>.]){_NUMBER} (words?|sentences?|paragraphs?) or {end}\b", _digits(sign + "{} {}"), text
+        )
     text = re.sub(rf"\b{_NUMBER}(?= [a-z])", _digits("{}"), text)
     for wrapping in (_LEAD, _TAIL, _SUBJECT):
         text = (
             wrapping.sub("", text, 1) if wrapping is _TAIL else text[m.end() :] if (m := wrapping.match(text)) else text
         )
-    return re.sub(rf"^{_NOT} ", "NOT ", re.sub(rf"^{_VERB} ", "", text)), quotes
+    text = re.sub(rf"^{_NOT} ", "NOT ", re.sub(rf"^{_VERB} ", "", text))
+    text = re.sub(r"^NOT >(?=\d)", "<=", re.sub(r"^NOT <(?=\d)", ">=", text))  # "not more than 3" is "at most 3"
+    return text, quotes
 
 
 # Builders: (match, quotes) -> kwargs, or None where the match is not sure after all.
@@ -311,6 +333,11 @@ def _frequency(match, quotes):
     if len(words) > 1 and not part["each"]:
         return None
     return {"keyword": words if part["each"] else words[0], "frequency": times, "relation": name}
+
+
+def _listed(name: str):
+    """Words named after a colon without quotes: "the following words: red, green or blue"."""
+    return lambda match, quotes: {name: re.split(r",? (?:or|and) |, ", match[1])}
 
 
 def _letter(match, quotes):
@@ -349,7 +376,12 @@ _DIVIDED = (
     rf",?(?: each)? ?separated (?:by|with|using) {_HOLD}|\. paragraphs and only paragraphs are .*"
     r"|,? separated by (?:a|1|one)? ?blank lines?|"
 )
-_KEYWORD = r"(?:the )?(?:following )?(?:specific |exact |required )?(?:key ?)?(?:words?|phrases?|terms?)?"
+_KEYWORD = r"(?:the )?(?:following )?(?:specific |exact |required )?(?:key ?)?(?:words?|phrases?|terms?|text|sentence)?"
+_LIST = r"([a-z][a-z-]*(?:(?:,|,? or|,? and) [a-z][a-z-]*)*)"
+_BOLD = (
+    r"(?:(?:the )?(?P<bold>(?:markdown )?bold|\*\*bold\*\*)(?: markdown)?(?: (?:formatting|format|text|type|syntax|font))?"
+    r"|(?:markdown )?(?:emphasis|italics?|highlighting)|markdown)"
+)
 _ORDINALS = ("first", "second", "third", "fourth", "fifth")
 _LANGUAGES = dict(
     zip(
@@ -368,21 +400,26 @@ PATTERNS = [
     (
         "length_constraints:number_words",
         _count_of("num_words"),
-        rf"{_N} words?(?: long| in length)?(?:, no more,? (?:and )?no less)?",
-        rf"(?:a )?(?:total )?(?:word count|length) of {_N}(?: words?)?",
+        rf"(?:limited to )?{_N} words?(?: long| in length)?(?:, no more,? (?:and )?no less)?",
+        rf"(?:a )?(?:total )?(?:word count|length|number of words)(?: of| that is| which is)? {_N}(?: words?)?",
     ),
     (
         "length_constraints:number_words",
         _word_range,
         r"(\d+)(\.\.)(\d+) words?(?: long| in length)?",
-        r">=(\d+)(?: words?)?,? (?:and|but) (<=|<)(\d+) words(?: long| in length)?",
+        r"(?:a (?:total )?(?:word count|length) of )?>=(\d+)(?: words?)?,? (?:and|but) (<=|<)(\d+) words(?: long| in length)?",
     ),
     ("length_constraints:number_sentences", _count_of("num_sentences"), rf"{_N} (?:complete )?sentences?(?: long)?"),
     (
         "length_constraints:number_paragraphs",
         _count_of("num_paragraphs", implied="exactly"),
-        rf"{_N} paragraphs?,?(?: and (?:they|the paragraphs) (?:must|should) be|\. paragraphs are| and separate them)?"
+        rf"{_N} paragraphs?(?: in {_TEXT})?,?(?: and (?:they|the paragraphs) (?:must|should) be|\. paragraphs are| and separate them)?"
         rf" (?:(?:separated|divided) )?(?:with|by|using) {_HOLD}",
+    ),
+    (
+        "length_constraints:number_paragraphs",
+        lambda m, q: {"num_paragraphs": int(m[2]), "relation": _NAMES[m[1] or "=="], "divider": "\n\n"},
+        rf"{_N} paragraphs?(?: in {_TEXT})?(?:,? separated (?:by|with) (?:a|1|one)? ?blank lines?)?",
     ),
     (
         "length_constraints:nth_paragraph_first_word",
@@ -397,6 +434,7 @@ PATTERNS = [
         rf"{_N} (?:markdown )?bullet(?: point)?s?(?:,? (?:using|in|with|formatted (?:as|with)) (?:the )?markdown"
         r"(?: bullets?| bullet points?| format| syntax)?(?:,?(?: each)? (?:starting|beginning) with (?:\*|-|Q))?"
         r"(?:,? (?:such as|like)[: ].*)?)?(?:\. use (?:the )?markdown bullet points such as: .*)?",
+        rf"bullet points(?: (?:using|in|with) markdown(?: bullets?)?)?,? and there (?:must|should) be {_N} bullet points",
     ),
     (
         "detectable_content:number_placeholders",
@@ -408,13 +446,21 @@ PATTERNS = [
         "detectable_format:number_highlighted_sections",
         _HIGHLIGHTS,
         rf"highlight {_N} (?:sections?|parts?|phrases?)(?: (?:in|of|within) {_TEXT})?{_WITH_MARKDOWN}{_SUCH}",
-        rf"{_N} (?:highlighted sections?|sections? highlighted){_WITH_MARKDOWN}{_SUCH}",
+        rf"{_N} (?:highlighted (?:sections?|spans?|parts?|phrases?)|sections? highlighted){_WITH_MARKDOWN}{_SUCH}",
+        rf"{_N} (?:sections?|parts?)(?: (?:in|of|within) {_TEXT})? (?:must|should) be highlighted{_WITH_MARKDOWN}{_SUCH}",
+    ),
+    (
+        "detectable_format:highlighted_words",
+        lambda m, q: {"phrases": q, "bold": bool(m["bold"])},
+        rf"highlight (?:the )?(?:exact )?(?:words?|phrases?|terms?) Q(?: and (?:the )?(?:word|phrase|term) Q)*"
+        rf"(?: (?:in|within) {_TEXT})?(?: (?:in|with|using|by using) {_BOLD})",
+        rf"(?:the )?(?:words?|phrases?|terms?) Q (?:must|should) be (?:highlighted )?in {_BOLD}",
     ),
     (
         "detectable_format:multiple_sections",
         lambda m, q: {"section_spliter": q[0], "num_sections": int(m[1])},
-        r"(?:==)?(\d+) sections?[.,;]? (?:and )?(?:mark|marking|marked)(?: the)?(?: beginning of each section)?"
-        r" (?:with|by|as) Q x(?:, such as:? .*)?",
+        r"(?:==)?(\d+) sections?[.,;]? (?:and )?(?:each )?(?:mark|marking|marked)(?: the)?"
+        r"(?: beginning of each(?: section| one)?)? (?:with|by|as) Q x(?:, such as:? .*)?",
     ),
     (
         "detectable_format:title",
@@ -426,7 +472,7 @@ PATTERNS = [
         "detectable_content:postscript",
         _postscript,
         r"(?:at the end(?: of .{1,20})?, )?(?:please )?(?:explicitly )?(?:end with |conclude with |add |include )?a postscript"
-        r"(?: (?:at|to) the end(?: of .{1,20})?)?,? (?:starting|beginning|marked|that (?:starts|begins)) (?:with|by)"
+        r"(?: (?:at|to) the end(?: of .{1,20})?)?,? (?:starting|beginning|marked|indicated|that (?:starts|begins)) (?:with|by)"
         r"(?: a marker like| the marker)? (?:Q(?: or Q)?|(p\.p\.s|p\.s)\.?)(?: at the end(?: of .{1,20})?)?",
     ),
     (
@@ -445,7 +491,8 @@ PATTERNS = [
         "change_case:capital_word_frequency",
         _CAPITAL_WORDS,
         rf"{_N} (?:words?|all-caps words?) {_CAPITALS}(?: (?:should|must) appear)?",
-        rf"{_N} all[- ]caps words?",
+        rf"(?:all-caps word frequency: )?{_N} (?:(?:instances|occurrences) of )?"
+        rf"(?:all[- ]caps words?|words in all[- ]caps)(?: (?:should|must) (?:appear|be used))?{_SUCH}",
         rf"words with all capital letters should appear {_N} times",
     ),
     (
@@ -456,7 +503,7 @@ PATTERNS = [
     (
         "punctuation:no_comma",
         {},
-        r"NOT (?:(?:the use of )?any )?(?:commas?|comma usage)(?: at all| throughout| anywhere| (?:should|may|must) be used"
+        r"NOT (?:(?:the use of )?any )?(?:commas?|comma usage)(?: at all| whatsoever| throughout| anywhere| (?:should|may|must) be used"
         r"| (?:should|may|must) appear| are allowed| to (?:ensure|improve|enhance|maintain) \w+(?: and \w+)?)?",
     ),
     (
@@ -467,18 +514,25 @@ PATTERNS = [
     (
         "keywords:frequency",
         _frequency,
-        rf"{_KEYWORD} (?:Q|(?P<bare>\w+))(?: (?:{_MODAL} )?(?:appears?|be used|be mentioned))? {_TIMES}(?P<each> each)?",
+        rf"{_KEYWORD} (?:Q|(?P<bare>\w+))(?: (?:{_MODAL} )?(?:appears?|be used|be mentioned))? {_TIMES}(?P<each> each(?: in any order)?)?",
     ),
     (
         "keywords:frequency",
         lambda m, q: {"keyword": q[0], "frequency": int(m[1]), "relation": "at least"} if len(q) == 1 else None,
-        r">=(\d+) (?:occurrences|instances|mentions) of (?:the )?(?:word|phrase|term) Q",
+        r">=(\d+) (?:occurrences?|instances?|mentions?) of (?:the )?(?:word|phrase|term) Q(?: exactly as (?:provided|given))?",
     ),
     ("keywords:existence", lambda m, q: {"keywords": q}, rf"{_KEYWORD}:? ?Q(?: (?:>=1 times?|at least once))?"),
+    ("keywords:existence", _listed("keywords"), rf"(?:all )?(?:of )?(?:the )?(?:following )?(?:key)?words: {_LIST}"),
+    ("keywords:existence", lambda m, q: {"keywords": [m[1]]}, r"(?:an? )?title in the format (<<[^<>]+>>)"),
     (
         "keywords:forbidden_words",
         lambda m, q: {"forbidden_words": q},
         rf"NOT (?:any of )?(?:the )?(?:forbidden )?{_KEYWORD}:? ?Q(?: or Q)*(?: anywhere)?",
+    ),
+    (
+        "keywords:forbidden_words",
+        _listed("forbidden_words"),
+        rf"NOT (?:any )?(?:of )?(?:the )?(?:following )?(?:forbidden )?(?:key)?words: {_LIST}",
     ),
     (
         "keywords:letter_frequency",
@@ -492,10 +546,16 @@ PATTERNS = [
         r"(?:no (?:other )?(?:words?|text|content)?|nothing) ?(?:should|must|may) follow (?:this phrase|it|after it))?",
     ),
     (
+        "startend:start_checker",
+        lambda m, q: {"start_phrase": q[0]} if len(q) == 1 else None,
+        rf"(?:start|begin|open)(?: {_TEXT})? with (?:the |this )?(?:exact )?(?:words?|phrase|sentence|line)?:? ?Q"
+        r"(?:,? followed by the rest| in the first paragraph)?",
+    ),
+    (
         "combination:two_responses",
         {},
         r"(?:give |==)? ?2 (?:different|distinct) responses(?:[.,;]| which are|, )* ?(?:responses and only responses should be )?"
-        r"separated by (?:==)?6 asterisk(?: symbol)?s:? ?\*{6}",
+        r"separated by (?:(?:==)?6 asterisk(?: symbol)?s:? ?)?\*{6}",
     ),
     (
         "combination:repeat_prompt",

