@@ -42,16 +42,18 @@ ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "vs", "e.g",
 
 def count_sentences(text: str) -> int:
     """Sentences as nltk's punkt counts them, near enough: ends at . ? !, not after an abbreviation or an initial."""
-    count, rest = 0, 0
-    for match in re.finditer(r"(\S*?)([.?!]+)([\"')\]}*”’]*)(?=\s+(\S)|\s*$)", text):
-        word, mark, follower = match[1].lstrip("\"'([{*“").lower(), match[2], match[4]
-        if follower and mark.endswith("."):
+    count, rest, tokens = 0, 0, list(re.finditer(r"\S+", text))
+    for token, following in zip(tokens, [*tokens[1:], None]):
+        if not (match := re.search(r"(?<![.?!])([.?!]+)[\"')\]}*”’]*$", token[0])):
+            continue
+        word, mark = token[0][: match.start()].lstrip("\"'([{*“").lower(), match[1]
+        if following and mark.endswith("."):
             ellipsis = mark.startswith("..") and not {"?", "!"} & set(mark)
-            number = word.isdigit() and not follower.isupper()
+            number = word.isdigit() and not following[0][0].isupper()
             initial = len(word) == 1 and word.isalpha()
             if ellipsis or number or initial or word in ABBREVIATIONS:
                 continue
-        count, rest = count + 1, match.end()
+        count, rest = count + 1, token.end()
     return count + bool(text[rest:].strip())
 
 
@@ -89,6 +91,21 @@ def _count_highlights(text: str) -> int:
     single = [h for h in re.findall(r"\*([^\n*]*)\*", text) if h.strip()]
     double = [h for h in re.findall(r"\*\*([^\n*]*)\*\*", text) if h.strip()]
     return len(single) + len(double)
+
+
+def _placeholders(text: str) -> int:
+    """[...] on one line, from the left."""
+    count = 0
+    for line in text.split("\n"):
+        at = 0
+        while (start := line.find("[", at)) >= 0 and (end := line.find("]", start)) >= 0:
+            count, at = count + 1, end + 1
+    return count
+
+
+def _has_title(line: str) -> bool:
+    start, end = line.find("<<"), line.rfind(">>")
+    return 0 <= start < end and bool(line[start:end].strip("<> "))
 
 
 def _split_filled(text: str, divider: str) -> int | None:
@@ -154,7 +171,7 @@ RULES = {
     ),
     "combination:two_responses": lambda t, k: _two_responses(t),
     "detectable_content:number_placeholders": lambda t, k: _relates(
-        len(re.findall(r"\[[^\]\n]*\]", t)), k.get("relation", "at least"), k["num_placeholders"]
+        _placeholders(t), k.get("relation", "at least"), k["num_placeholders"]
     ),
     "detectable_content:postscript": lambda t, k: _has_postscript(t, k["postscript_marker"]),
     "detectable_format:constrained_response": lambda t, k: any(
@@ -173,7 +190,7 @@ RULES = {
     "detectable_format:number_highlighted_sections": lambda t, k: _relates(
         _count_highlights(t), k.get("relation", "at least"), k["num_highlights"]
     ),
-    "detectable_format:title": lambda t, k: any(m.strip("<> ") for m in re.findall(r"<<[^\n]+>>", t)),
+    "detectable_format:title": lambda t, k: any(map(_has_title, t.split("\n"))),
     "keywords:existence": lambda t, k: all(_count(word, t) for word in k["keywords"]),
     "keywords:forbidden_words": lambda t, k: all(_outside(word, t) for word in k["forbidden_words"]),
     "keywords:frequency": lambda t, k: all(

@@ -30,7 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -450,7 +450,7 @@ def instructor_step(run: Run, turn: int, step: int) -> dict:
 # ---------------------------------------------------------------- the questions q_T
 
 
-def write_questions(run: Run, turn: int) -> dict:
+def write_questions(run: Run, turn: int, step: int = 0) -> dict:
     """The trained Instructor writes one question per seed; the Filter has its say; a few retries for the rejected."""
     cfg, draw, clock = run.cfg, run.draw(turn, "questions", 0), Clock()
     wanted = min(cfg.questions or len(run.seeds), len(run.seeds))
@@ -536,7 +536,7 @@ def sample_row(turn, stage, step, question: Question, answer: str, verdicts: lis
 # ---------------------------------------------------------------- evaluation
 
 
-def end_turn(run: Run, turn: int) -> dict:
+def end_turn(run: Run, turn: int, step: int = 0) -> dict:
     """Save the turn's adapters; measure the Follower on held-out rows and the frozen base model on q_T."""
     cfg, clock = run.cfg, Clock()
     run.draw(turn, "evaluation", 0)
@@ -552,6 +552,7 @@ def end_turn(run: Run, turn: int) -> dict:
         write_jsonl(run.folder / f"turn{turn}" / "heldout.jsonl", records)
         questions = run.questions(turn)[: cfg.eval_rows or None]
         rs = [r for r, _, _ in difficulty(run, None, questions, 1, 0.0, Clock()) if r is not None] if questions else []
+    report.write_samples(run.folder)
     spent: Counter[str] = Counter()
     for _, row in read_jsonl(run.folder / "log.jsonl"):
         spent.update(row["seconds"] if row["turn"] == turn else {})
@@ -567,7 +568,7 @@ def end_turn(run: Run, turn: int) -> dict:
 # ---------------------------------------------------------------- the loop
 
 MOST_VOIDED = 5  # steps in a row without a finite gradient: then the run is not coming back by itself
-UNITS = {"instructor": instructor_step, "follower": follower_step}
+UNITS = {"instructor": instructor_step, "questions": write_questions, "follower": follower_step, "evaluation": end_turn}
 
 
 def schedule(run: Run) -> Iterator[tuple[int, str, int, int]]:
@@ -599,7 +600,15 @@ def train(cfg: Config) -> None:
     )
     if run.done:
         print(f"going on after unit {run.done}; finished turns:\n" + report.turn_table(run.folder))
-    turn_now, bar, voided = 0, None, 0
+    with ExitStack() as bars:
+        run_units(run, bars)
+    lock.close()
+    print(f"done: {cfg.out}/turn{cfg.turns}/follower is the trained adapter; try: python seif.py chat {cfg.out}")
+
+
+def run_units(run: Run, bars: ExitStack) -> None:
+    """Every unit that is not done yet; `bars` holds the progress bar, to be closed whatever happens."""
+    cfg, turn_now, bar, voided = run.cfg, 0, None, 0
     for unit, (turn, stage, step, steps) in enumerate(schedule(run)):
         if unit < run.done:
             continue
@@ -607,14 +616,11 @@ def train(cfg: Config) -> None:
             run.begin_turn(turn)
             turn_now = turn
         if step == 0 or bar is None:
+            bars.close()
             bar = tqdm(total=steps, initial=step, desc=f"turn {turn} {stage}", dynamic_ncols=True)
+            bars.enter_context(bar)
         start = time.perf_counter()
-        if stage == "questions":
-            row = write_questions(run, turn)
-        elif stage == "evaluation":
-            row = end_turn(run, turn)
-        else:
-            row = UNITS[stage](run, turn, step)
+        row = UNITS[stage](run, turn, step)
         voided = voided + 1 if row.get("skipped") and not row["updates"] else 0
         if voided == MOST_VOIDED:
             raise UserError(
@@ -626,13 +632,9 @@ def train(cfg: Config) -> None:
         bar.update()
         if step == steps - 1 or (unit + 1) % cfg.save_every == 0:
             run.save(unit + 1)
-        if step == steps - 1:
-            bar.close()
         if stage == "evaluation":
-            report.write_samples(run.folder)
+            bars.close()
             print(report.turn_table(run.folder), flush=True)
-    lock.close()
-    print(f"done: {cfg.out}/turn{cfg.turns}/follower is the trained adapter; try: python seif.py chat {cfg.out}")
 
 
 def print_config(cfg: Config) -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from conftest import make_model
 from safetensors.torch import load_file
@@ -21,67 +22,15 @@ import rl
 import seif
 
 ROOT = Path(seif.__file__).parent
-HELDOUT = [
-    {"key": 1, "prompt": "Say hi.\nUse no commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
-    {
-        "key": 2,
-        "prompt": "Say ho.\nAnswer with at least 2 words in JSON.",
-        "instruction_id_list": ["length_constraints:number_words", "detectable_format:json_format"],
-        "kwargs": [{"num_words": 2, "relation": "at least"}, {}],
-    },
-]
 
 
 @pytest.fixture
 def setup(tmp_path, monkeypatch):
-    """A tiny model, seeds, held-out rows, and flags for a run of two turns in seconds.
-
-    A random model never writes JSON: its proposals are read as three constraints that its text picks at random. All
-    else, sampling, judging, rewards, updates, files, is the real thing.
-    """
-    bank = [
-        "Your answer must not contain any commas.",
-        "Your answer must have at most 5 words.",
-        "Your answer must be in all lowercase letters.",
-        "Your answer must use the letter 'a' at least 2 times.",
-        "Your answer must use the letter 'e' at most 1 time.",
-        "Your answer must be wrapped in double quotation marks.",
-    ]
-
-    def parse(text, count):
-        draw = random.Random(text)
-        return ([], "no json") if draw.random() < 0.2 else (draw.sample(bank, count), "")
-
-    monkeypatch.setattr(judge, "parse_constraints", parse)
+    """A tiny model, seeds, held-out rows, and flags for a run of two turns in seconds (tests/tiny.py)."""
+    monkeypatch.setattr(judge, "parse_constraints", tiny.parse)
     make_model(tmp_path / "model", eos=[258, *range(40)])  # several EOS ids, so that random answers do end
-    (tmp_path / "seeds.txt").write_text("Say hi.\nName a fruit.\n\nCount to three.\nSing.\n")
-    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HELDOUT))
-
-    def flags(out: str, **more) -> list[str]:
-        settings = dict(
-            out=tmp_path / out,
-            model=tmp_path / "model",
-            seeds=tmp_path / "seeds.txt",
-            heldout=tmp_path / "heldout.jsonl",
-            turns=2,
-            batch=2,
-            group=4,
-            instructor_steps="2,1",
-            follower_steps="2",
-            hard_share=1.0,
-            shots=1,
-            filter="code",
-            max_new_tokens=12,
-            instructor_tokens=8,
-            max_prompt_tokens=2000,
-            lr=1e-2,
-            updates=2,
-            save_every=1,
-        )
-        words = [w for k, v in (settings | more).items() for w in (f"--{k.replace('_', '-')}", str(v))]
-        return [*words, "--no-think"]
-
-    return flags
+    tiny.write_inputs(tmp_path)
+    return lambda out, **more: tiny.flags(tmp_path, out, **more)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -122,7 +71,7 @@ def test_a_whole_run(setup, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "Follower of turn 2, 2 prompts" in text and "loose" in text
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [a["prompt"] for a in answers] == [row["prompt"] for row in HELDOUT] and "response" in answers[0]
+    assert [a["prompt"] for a in answers] == [row["prompt"] for row in tiny.HELDOUT] and "response" in answers[0]
     assert seif.main(["eval", str(out), "--base", "--rows", "1"]) == 0
     assert "base model, 1 prompts" in capsys.readouterr().out
 
@@ -201,7 +150,7 @@ def test_bad_input_ends_in_one_clear_line(setup, tmp_path, capsys):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
     (tmp_path / "other.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (tmp_path / "long.txt").write_text("word " * 3000)
-    (tmp_path / "unknown.jsonl").write_text(json.dumps(HELDOUT[0] | {"instruction_id_list": ["a:b"]}) + "\n")
+    (tmp_path / "unknown.jsonl").write_text(json.dumps(tiny.HELDOUT[0] | {"instruction_id_list": ["a:b"]}) + "\n")
     assert "nowhere.jsonl: cannot be read" in wrong(seeds=tmp_path / "nowhere.jsonl")
     assert "no seed questions" in wrong(seeds=tmp_path / "empty.jsonl")
     assert "broken.jsonl, line 2" in wrong(seeds=tmp_path / "broken.jsonl")

@@ -1,0 +1,75 @@
+"""A whole run on a tiny random model, and `python tests/tiny.py FLAGS`, the same as a process of its own, to be killed.
+
+A random model never writes JSON: its proposals are read as three constraints that its text picks at random. All else,
+sampling, judging, rewards, updates, files, is the real thing.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import judge  # noqa: E402
+import seif  # noqa: E402
+
+BANK = [
+    "Your answer must not contain any commas.",
+    "Your answer must have at most 5 words.",
+    "Your answer must be in all lowercase letters.",
+    "Your answer must use the letter 'a' at least 2 times.",
+    "Your answer must use the letter 'e' at most 1 time.",
+    "Your answer must be wrapped in double quotation marks.",
+]
+HELDOUT = [
+    {"key": 1, "prompt": "Say hi.\nUse no commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    {
+        "key": 2,
+        "prompt": "Say ho.\nAnswer with at least 2 words in JSON.",
+        "instruction_id_list": ["length_constraints:number_words", "detectable_format:json_format"],
+        "kwargs": [{"num_words": 2, "relation": "at least"}, {}],
+    },
+]
+
+
+def parse(text: str, count: int) -> tuple[list[str], str]:
+    """Takes the place of judge.parse_constraints."""
+    draw = random.Random(text)
+    return ([], "no json") if draw.random() < 0.2 else (draw.sample(BANK, count), "")
+
+
+def write_inputs(folder: Path) -> None:
+    """Seeds and held-out rows; the model is conftest.make_model's."""
+    (folder / "seeds.txt").write_text("Say hi.\nName a fruit.\n\nCount to three.\nSing.\n")
+    (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HELDOUT))
+
+
+def flags(folder: Path, out: str, **more) -> list[str]:
+    """The command line of a run of two turns in seconds."""
+    settings = dict(
+        out=folder / out,
+        model=folder / "model",
+        seeds=folder / "seeds.txt",
+        heldout=folder / "heldout.jsonl",
+        turns=2,
+        batch=2,
+        group=4,
+        instructor_steps="2,1",
+        follower_steps="2",
+        hard_share=1.0,
+        shots=1,
+        filter="code",
+        max_new_tokens=12,
+        instructor_tokens=8,
+        max_prompt_tokens=2000,
+        lr=1e-2,
+        updates=2,
+        save_every=1,
+    )
+    words = [w for k, v in (settings | more).items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    return [*words, "--no-think"]
+
+
+if __name__ == "__main__":
+    judge.parse_constraints = parse
+    sys.exit(seif.main(sys.argv[1:]))
