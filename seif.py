@@ -10,12 +10,11 @@ One turn T: the Instructor is trained to write constraints that today's Follower
 then writes the questions q_T; the Follower is trained to satisfy them (r). The Filter and the Judger are the Follower
 as it stood when the turn began, frozen. All four are LoRA adapters on one quantised base model, swapped by name.
 
-Left out: vLLM servers, several GPUs, a teacher, labels, merged checkpoints. Read rl.py for the engine, judge.py for
-verdicts and rewards. A run is a list of units, each a training step, a set of questions or an evaluation; every unit
+Left out: vLLM servers, several GPUs, a teacher, labels, merged checkpoints. Read on in judge.py (verdicts, rewards) and
+rl.py (the engine); config.py is the table of settings. A run is a list of units, each a training step, a set of questions or an evaluation; every unit
 seeds its own random numbers, so that a resumed run repeats exactly what an uninterrupted one would have done.
 """
 
-import argparse
 import dataclasses
 import fcntl
 import hashlib
@@ -31,7 +30,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,19 +41,9 @@ from tqdm import tqdm
 import judge
 import report
 import rl
-from data import (
-    EMBEDDED,
-    UserError,
-    embedded_model,
-    read_ifeval,
-    read_jsonl,
-    read_seeds,
-    read_text,
-    refuse_pickles,
-    replace_file,
-    write_jsonl,
-)
-from evaluate import compare, evaluate, interval
+from config import MAY_CHANGE, Config, flag, load_policy, print_config, read_config, steps_of
+from data import UserError, read_ifeval, read_jsonl, read_seeds, refuse_pickles, replace_file, write_jsonl
+from evaluate import command_chat, command_eval, evaluate
 from judge import Question
 from rl import Episode, Policy
 
@@ -64,155 +52,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-# ---------------------------------------------------------------- settings
-
-
-def setting(default, reason: str):
-    """A Config field; `reason` is also its --help text."""
-    return dataclasses.field(default=default, metadata={"help": reason})
-
-
-@dataclass
-class Config:
-    """Every field is a flag of the same name. Defaults are for a GPU; SMALL is laid over them without one."""
-
-    out: str = setting("runs/seif", "run folder")
-    model: str = setting("", "Hugging Face id or folder; empty: Qwen2.5-1.5B-Instruct, without CUDA the embedded one")
-    bits: int = setting(4, "4: nf4, double quantisation; 16: none")
-    seeds: str = setting(str(judge.PROMPTS / "seeds.jsonl"), "seed questions: .jsonl, .txt (one a line) or .parquet")
-    heldout: str = setting(str(judge.PROMPTS / "heldout.jsonl"), "evaluation data in IFEval's format")
-    seed: int = setting(0, "random seed")
-    init_follower: str = setting("", "folder of a LoRA adapter (ours or peft's) that the Follower starts from")
-    # the schedule
-    turns: int = setting(3, "turns; the paper's number")
-    batch: int = setting(16, "prompts per training step; the paper's batches are larger, its GPUs eight")
-    group: int = setting(5, "samples per prompt (the paper's group size)")
-    instructor_steps: str = setting("", "Instructor steps per turn, e.g. 4,2 (the last repeats); empty: one epoch")
-    follower_steps: str = setting("", "Follower steps per turn; empty: 3, 1, 1 epochs of q_T, the paper's finding")
-    questions: int = setting(0, "questions in q_T; 0: one per seed")
-    retries: int = setting(3, "attempts per seed at a question the Filter accepts")
-    # roles
-    hard_share: float = setting(0.5, "share of hard (machine-checkable) instructions; the rest are soft")
-    shots: int = setting(2, "worked examples in the Instructor's prompt; small models need about 4, larger ones fewer")
-    think: bool = setting(True, "require <think>..</think><answer>..</answer> of the Follower, as the paper does")
-    filter: str = setting("llm", "llm: code, then the model; code: code alone; off: the paper's ablation")
-    checkable: bool = setting(False, "let the Filter reject hard constraints that no rule recognises")
-    min_words: int = setting(0, "let the Filter reject instructions that allow fewer words than this")
-    judge: str = setting("hybrid", "hybrid: rules where they decide, else the model; llm: the paper's way")
-    judge_think: int = setting(0, "tokens of analysis the Judger writes before its verdict")
-    soft_verdicts: bool = setting(False, "keep P(yes) as the verdict instead of rounding it")
-    reward: str = setting("hardest", "the Instructor's: hardest is the paper's 1 - r, frontier peaks at r = 0.5")
-    type_penalty: float = setting(0.0, "taken from proposals by their share of the batch's commonest constraint type")
-    answers: int = setting(1, "evaluator's answers per proposal, averaged; more is less noisy and slower")
-    # GRPO
-    temperature: float = setting(1.0, "of the Follower's rollouts; log-probabilities use it too")
-    instructor_temperature: float = setting(1.0, "of the Instructor's rollouts")
-    question_temperature: float = setting(0.7, "of the Instructor when it writes q_T (the paper's)")
-    lr: float = setting(2e-5, "of both adapters; LoRA wants more than the 1e-6 of the paper's full fine-tuning")
-    kl: float = setting(0.01, "weight of the k3 KL to the stage's start")
-    clip_low: float = setting(0.2, "ratio clip below 1")
-    clip_high: float = setting(0.3, "ratio clip above 1 (wider: DAPO's clip-higher)")
-    updates: int = setting(4, "optimiser steps per rollout batch")
-    grad_clip: float = setting(1.0, "largest gradient norm")
-    rank: int = setting(16, "LoRA rank")
-    alpha: float = setting(32.0, "LoRA alpha; the update is scaled by alpha / rank")
-    # limits
-    max_new_tokens: int = setting(1024, "an answer's limit; one that reaches it scores 0")
-    instructor_tokens: int = setting(512, "a proposal's limit")
-    max_prompt_tokens: int = setting(1024, "seeds whose prompts are longer are skipped and counted, never cut")
-    eval_rows: int = setting(0, "held-out rows (and questions of q_T) evaluated per turn; 0: all")
-    token_budget: int = setting(2048, "distinct tokens per packed row: sets the memory of a training step")
-    slots: int = setting(0, "samples decoded side by side; 0: from free memory")
-    activation_mib: int = setting(0, "activations kept for the backward pass, the rest recomputed; 0: from free memory")
-    save_every: int = setting(10, "training steps between saved states")
-
-
-QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
-# A 135M model is near chance as a judge and wanders at temperature 1: hard constraints only, all checkable by rule.
-SMALL = dict(turns=2, batch=4, group=8, instructor_steps="3,2", follower_steps="7,5", questions=24, hard_share=1.0)
-SMALL |= dict(
-    shots=4, think=False, filter="code", checkable=True, min_words=20, temperature=0.7, lr=5e-4, kl=0.02, updates=1
-)
-SMALL |= dict(
-    instructor_temperature=0.5,
-    question_temperature=0.5,
-    max_new_tokens=96,
-    instructor_tokens=96,
-    eval_rows=40,
-    save_every=1,
-)
-# What the paper does wherever this project does otherwise by default, except for what its hardware allows.
-PAPER = dict(hard_share=0.5, think=True, filter="llm", checkable=False, min_words=0, judge="llm", judge_think=0)
-PAPER |= dict(soft_verdicts=False, reward="hardest", type_penalty=0.0, answers=1, temperature=1.0, kl=0.01, updates=4)
-PAPER |= dict(instructor_temperature=1.0, question_temperature=0.7, clip_low=0.2, clip_high=0.3, group=5, turns=3)
-CHOICES = dict(filter=("llm", "code", "off"), judge=("hybrid", "llm"), reward=("hardest", "frontier"), bits=(4, 16))
-MAY_CHANGE = {"out", "turns", "save_every", "slots", "token_budget", "activation_mib"}  # when a run is resumed
-POSITIVE = (
-    "turns",
-    "retries",
-    "batch",
-    "group",
-    "rank",
-    "max_new_tokens",
-    "instructor_tokens",
-    "save_every",
-    "updates",
-    "answers",
-)
-
-
-def flag(name: str) -> str:
-    """max_new_tokens -> --max-new-tokens."""
-    return "--" + name.replace("_", "-")
-
-
-def read_config(argv: list[str]) -> Config:
-    """Flags over --paper over the small preset over the defaults."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("seif.py", description=__doc__, formatter_class=form)
-    for field in dataclasses.fields(Config):
-        kind = {"type": field.type} if field.type is not bool else {"action": argparse.BooleanOptionalAction}
-        small = f", small preset {SMALL[field.name]!r}" if field.name in SMALL else ""
-        text = f"{field.metadata['help']} [{field.default!r}{small}]".replace("%", "%%")
-        kind |= {"choices": CHOICES[field.name]} if field.name in CHOICES else {}
-        parser.add_argument(flag(field.name), default=argparse.SUPPRESS, help=text, **kind)
-    parser.add_argument("--paper", action="store_true", help="the paper's own roles, rewards and GRPO settings")
-    given = vars(parser.parse_args(argv))
-    paper = PAPER if given.pop("paper") else {}
-    small = not given.get("model") and not torch.cuda.is_available()
-    config = Config(**((SMALL if small else {}) | paper | given))
-    config.model = config.model or (EMBEDDED if small else QWEN)
-    for name in POSITIVE:
-        if getattr(config, name) < 1:
-            raise UserError(f"{flag(name)} {getattr(config, name)}: must be at least 1")
-    bank = min(len(judge.instructor_examples(kind)) for kind in judge.KINDS)
-    if not 0 <= config.shots <= bank:
-        raise UserError(
-            f"--shots {config.shots}: prompts/instructor_examples.jsonl has 0 to {bank} to show of each kind"
-        )
-    for name in ("instructor_steps", "follower_steps"):
-        steps_of(getattr(config, name), 1, 0, flag(name))
-    return config
-
-
-def steps_of(text: str, turn: int, default: int, name: str = "") -> int:
-    """The text 4,2 means 4 in turn 1 and 2 in all later ones; an empty one means the default."""
-    if not text:
-        return default
-    try:
-        steps = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"{name} {text}: must be whole numbers with commas, such as 4,2") from error
-    return steps[min(turn, len(steps)) - 1]
-
-
-def load_policy(cfg: Config) -> Policy:
-    """The base model, without adapters."""
-    path = str(embedded_model()) if cfg.model == EMBEDDED else cfg.model
-    limits = dict(token_budget=cfg.token_budget, slots=cfg.slots, activation_mib=cfg.activation_mib)
-    return rl.load(path, cfg.bits, rank=cfg.rank, alpha=cfg.alpha, **limits)
-
 
 # ---------------------------------------------------------------- the run
 
@@ -637,117 +476,6 @@ def run_units(run: Run, bars: ExitStack) -> None:
             print(report.turn_table(run.folder), flush=True)
 
 
-def print_config(cfg: Config) -> None:
-    """The resolved settings, and what the small preset means."""
-    pairs = [f"{k}={v}" for k, v in dataclasses.asdict(cfg).items() if v != ""]
-    line = ""
-    for pair in pairs:
-        if len(line) + len(pair) > 116:
-            print("  " + line)
-            line = ""
-        line += pair + "  "
-    print("  " + line)
-    if cfg.model == EMBEDDED:
-        print(
-            "  Embedded 135M model: its own verdicts are near chance, so only hard constraints are drawn and the Filter\n"
-            "  keeps those that code can check. A demonstration of the whole loop, not of the method's strength."
-        )
-
-
-# ---------------------------------------------------------------- commands
-
-
-def open_run(folder: str, turn: int = 0) -> tuple[Config, Policy, int]:
-    """A finished or unfinished run for eval and chat: its settings, the policy with `follower`, and which turn."""
-    path = Path(folder) / "config.json"
-    refuse_pickles(folder)
-    try:
-        cfg = Config(**json.loads(read_text(path)))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a run's settings ({error}); give a folder that python seif.py has written"
-        ) from error
-    done = sorted(int(p.parent.name[4:]) for p in Path(folder).glob("turn*/follower") if p.parent.name[4:].isdigit())
-    if not done or turn and turn not in done:
-        raise UserError(
-            f"{folder}: no adapter of turn {turn or 1} in it yet; let python seif.py --out {folder} finish it"
-        )
-    policy = load_policy(cfg)
-    turn = turn or done[-1]
-    policy.load_adapter("follower", Path(folder) / f"turn{turn}" / "follower")
-    return cfg, policy, turn
-
-
-def command_eval(argv: list[str]) -> None:
-    """`eval RUN`: greedy answers to IFEval rows and their accuracy."""
-    parser = argparse.ArgumentParser(
-        "seif.py eval", description="Evaluate a run's Follower on data in IFEval's format."
-    )
-    parser.add_argument("run", help="run folder")
-    parser.add_argument(
-        "--data", help="JSONL with prompt, instruction_id_list, kwargs; default: the run's held-out rows"
-    )
-    parser.add_argument("--base", action="store_true", help="evaluate the base model instead")
-    parser.add_argument("--paired", action="store_true", help="evaluate both, and test the difference")
-    parser.add_argument("--turn", type=int, default=0, help="the Follower of this turn; default: the last")
-    parser.add_argument("--rows", type=int, default=0, help="only the first so many rows")
-    parser.add_argument("--max-new-tokens", type=int, default=0, help="an answer's limit; default: the run's")
-    parser.add_argument("--out", help='write {"prompt", "response"} lines, as the official IFEval script takes them')
-    args = parser.parse_args(argv)
-    cfg, policy, turn = open_run(args.run, args.turn)
-    cfg.max_new_tokens = args.max_new_tokens or cfg.max_new_tokens
-    rows = read_ifeval(args.data or cfg.heldout)[: args.rows or None]
-    roles = (None, "follower") if args.paired else (None,) if args.base else ("follower",)
-    tables = []
-    for role in roles:
-        with tqdm(total=len(rows), desc="answers") as bar:
-            result, records = evaluate(policy, role, rows, cfg, bar.update)
-        tables.append(records)
-        name = f"Follower of turn {turn}" if role else "base model"
-        print(
-            f"{name}, {result['rows']} prompts, {result['truncated']:.0%} cut at {cfg.max_new_tokens} tokens, "
-            f"{result['length']:.0f} tokens long"
-        )
-        for level in ("prompt", "instruction"):
-            print(f"  {level:11}  strict {result[f'{level}_strict']:6.1%}   loose {result[f'{level}_loose']:6.1%}")
-        print("  {:11}  strict {:.1%} to {:.1%} (95 %)".format("interval", *interval(records)))
-    if args.paired:
-        print(
-            "  difference   strict {difference:+.1%}, {low:+.1%} to {high:+.1%} (95 %), p = {p:.4f}".format(
-                **compare(*tables)
-            )
-        )
-    if args.out:
-        write_jsonl(args.out, [{"prompt": r["prompt"], "response": r["response"]} for r in tables[-1]])
-
-
-def command_chat(argv: list[str]) -> None:
-    """`chat RUN`: a conversation with the Follower; an empty line or Ctrl-D ends it."""
-    parser = argparse.ArgumentParser("seif.py chat", description="Talk to a run's Follower. An empty line ends it.")
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("--base", action="store_true", help="talk to the base model instead")
-    parser.add_argument("--turn", type=int, default=0, help="the Follower of this turn; default: the last")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    args = parser.parse_args(argv)
-    cfg, policy, turn = open_run(args.run, args.turn)
-    policy.use(None if args.base else "follower")
-    print(f"{'base model' if args.base else f'Follower of turn {turn}'}; an empty line ends the conversation")
-    messages = [{"role": "system", "content": judge.prompt_text("think")}] if cfg.think else []
-    while True:
-        try:
-            line = input("you> ").strip()
-        except EOFError:
-            line = ""
-        if not line:
-            return
-        messages.append({"role": "user", "content": line})
-        completion = policy.generate([policy.encode(messages)], 1, args.max_new_tokens, args.temperature)[0][0]
-        text = policy.decode(completion).strip()
-        messages.append({"role": "assistant", "content": text})
-        print(judge.extract_answer(text, cfg.think) or text)
-
-
 def main(argv: list[str]) -> int:
     """Run a command; errors that the user can mend end in one line and status 2."""
     commands = {"eval": command_eval, "chat": command_chat, "plot": report.command_plot}
@@ -756,7 +484,7 @@ def main(argv: list[str]) -> int:
         if argv and argv[0] in commands:
             commands[argv[0]](argv[1:])
         else:
-            train(read_config(argv))
+            train(read_config(argv, __doc__))
         return 0
     except UserError as error:
         print(f"seif: {error}", file=sys.stderr)

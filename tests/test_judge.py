@@ -317,6 +317,12 @@ def test_code_filter(constraints, reason):
     assert judge.code_filter(question, max_new_tokens=128) == reason
 
 
+def test_an_instruction_that_leaves_no_room_is_rejected_on_demand():
+    question = Question("Name a fruit.", "hard", ("Your answer must have at most 4 words.", "Use no commas."))
+    assert judge.code_filter(question, 128) == ""
+    assert judge.code_filter(question, 128, min_words=20) == "no room for an answer"
+
+
 def test_checkable_rejects_what_no_rule_recognises():
     question = Question("Why?", "hard", ("Use a formal tone.", "Use no commas."))
     assert judge.code_filter(question, 128) == ""

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import make_model
+import transformers
+from conftest import make_model, randomise
 from safetensors.torch import load_file
 
+import config
 import data
+import evaluate
 import judge
 import rl
 import seif
@@ -205,6 +209,80 @@ def test_a_full_disk_keeps_the_last_state(setup, tmp_path, monkeypatch, capsys):
     assert same(tensors(tmp_path / "run/turn1/follower"), tensors(tmp_path / "whole/turn1/follower"))
 
 
+def test_paper_is_one_flag_and_yields_to_others():
+    cfg = config.read_config(["--paper", "--kl", "0.5"])
+    assert (cfg.judge, cfg.filter, cfg.group, cfg.updates, cfg.think, cfg.hard_share) == ("llm", "llm", 5, 4, True, 0.5)
+    assert not cfg.checkable and cfg.min_words == 0 and cfg.kl == 0.5
+    assert set(config.PAPER) <= {field.name for field in dataclasses.fields(config.Config)}
+
+
+def test_the_follower_starts_from_a_given_adapter(setup, tmp_path, capsys):
+    """Another rank than the run's, so that it can only have come from the file."""
+    small = dict(turns=1, instructor_steps="1", follower_steps="0")
+    policy = rl.load(str(tmp_path / "model"), bits=16, rank=3, alpha=12)
+    policy.add("start", seed=5)
+    randomise(policy, "start")
+    policy.save("start", tmp_path / "start")
+    argv = setup("run", init_follower=tmp_path / "start", **small)
+    assert seif.main(argv) == 0
+    end, start = tensors(tmp_path / "run/turn1/follower"), tensors(tmp_path / "start")
+    assert same(end, start) and next(iter(start.values())).shape[0] == 3
+    config = json.loads((tmp_path / "run/turn1/follower/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 12)
+    argv = setup("run", init_follower=tmp_path / "start", **(small | {"turns": 2}))
+    assert seif.main(argv) == 0  # resumed, and with a second turn
+    assert "nowhere: not a LoRA adapter" in error(capsys, setup("other", init_follower=tmp_path / "nowhere"))
+
+
+def test_samples_are_readable(setup, tmp_path):
+    assert seif.main(setup("run", turns=1)) == 0
+    text = (tmp_path / "run/samples.md").read_text()
+    assert "## Turn 1, instructor" in text and "## Turn 1, follower" in text
+    assert re.search(r"- `[+-]` Your answer must .* \(rule\)", text) and "reward" in text
+
+
+def test_paired_evaluation(setup, tmp_path, capsys):
+    assert seif.main(setup("run", turns=1)) == 0
+    capsys.readouterr()
+    assert seif.main(["eval", str(tmp_path / "run"), "--paired"]) == 0
+    text = capsys.readouterr().out
+    assert "base model, 2 prompts" in text and "Follower of turn 1" in text and re.search(r"p = [01]\.\d{4}", text)
+
+
+def records(*rows: list) -> list[dict]:
+    return [{"strict": row} for row in rows]
+
+
+def test_interval_and_comparison_by_hand():
+    assert evaluate.interval(records([True], [True, None])) == (1.0, 1.0)
+    low, high = evaluate.interval(records(*[[k % 2 == 0] for k in range(100)]))
+    assert abs(low - 0.4) < 0.02 and abs(high - 0.6) < 0.02  # binomial: 0.5 -+ 1.96 * 0.05
+    base, better = records(*[[False]] * 5, *[[True]] * 5), records(*[[True]] * 10)
+    result = evaluate.compare(base, better)
+    assert result["difference"] == 0.5 and result["low"] > 0 and result["high"] < 1
+    assert abs(result["p"] - 2 / 2**5) < 0.01  # five rows differ, all one way: exact sign test
+    same_sides = evaluate.compare(base, base)
+    assert same_sides["difference"] == 0 and same_sides["p"] == 1
+
+
+def test_other_tools_read_the_files(setup, tmp_path):
+    peft = pytest.importorskip("peft")
+    assert peft and seif.main(setup("run", turns=1, instructor_steps="1", follower_steps="1")) == 0
+    folder = tmp_path / "run/turn1/follower"
+    policy = rl.load(str(tmp_path / "model"), bits=16)
+    policy.load_adapter("follower", folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    model.load_adapter(str(folder))
+    ids = torch.tensor([[65, 66, 67, 68]])
+    with policy.using("follower"), torch.no_grad():
+        ours = policy.model(ids).logits
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, ours, atol=1e-4)
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.load_dataset("json", data_files=str(tmp_path / "run/turn1/questions.jsonl"), split="train")
+    assert {"seed", "kind", "constraints"} == set(rows.column_names) and len(rows) > 0
+
+
 def test_plot(setup, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert seif.main(setup("run", turns=1)) == 0
@@ -248,7 +326,7 @@ def test_help_names_every_setting():
     text = subprocess.run(
         [sys.executable, ROOT / "seif.py", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for field in dataclasses.fields(seif.Config):
+    for field in dataclasses.fields(config.Config):
         assert "--" + field.name.replace("_", "-") in text
 
 
