@@ -113,6 +113,9 @@ class Policy:
         self.device, self.dtype = model.device, model.dtype
         self.rank, self.alpha, self.token_budget, self.slots = rank, alpha, token_budget, slots
         self.activation_mib = activation_mib
+        self.by_runs = (
+            self.device.type == "cpu"
+        )  # attention run by run; on a GPU one large kernel beats many small ones
         self.role: str | None = None
         self.lora: dict[str, LoRALinear] = {}
         self.model.config.use_cache = False
@@ -331,7 +334,7 @@ class Policy:
         # Additive, in the model's type: given booleans, sdpa would convert and keep a copy of its own in each layer.
         mask = torch.zeros(row.mask.shape, dtype=self.dtype, device=self.device)
         mask = mask.masked_fill_(~torch.from_numpy(row.mask).to(self.device), -torch.inf)[None, None]
-        if self.device.type != "cpu":  # there, one large kernel beats many small ones
+        if not self.by_runs:
             return {"attention_mask": mask}
         runs, prefix = [], row.mask.shape[1] - row.mask.shape[0]
         for start, end, before in row.runs:

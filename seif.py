@@ -68,6 +68,12 @@ class Run:
         self.skipped = len(seeds) - len(self.seeds)
         if not self.seeds:
             raise UserError(f"{cfg.seeds}: all {len(seeds)} seeds exceed --max-prompt-tokens {cfg.max_prompt_tokens}")
+        context = getattr(policy.model.config, "max_position_embeddings", math.inf)
+        if cfg.max_prompt_tokens + cfg.max_new_tokens > context:
+            raise UserError(
+                f"--max-prompt-tokens {cfg.max_prompt_tokens} and --max-new-tokens {cfg.max_new_tokens} together exceed "
+                f"the {context} tokens of context that {cfg.model} has"
+            )
         self.optimizers = {}
         for number, role in enumerate(("instructor", "follower")):
             policy.add(role, seed=cfg.seed * 2 + number)

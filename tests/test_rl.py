@@ -58,8 +58,15 @@ def test_logprobs_and_gradients_equal_row_by_row(folders, kind, bits):
     pairs = make_pairs()
     exact = plain_logprobs(policy, pairs, 0.7)
     exact_grad = gradients(policy, "follower", exact)
-    for budget, recompute in ((4096, 0), (60, 0), (4096, 2)):
-        policy.token_budget = budget
+    # by_runs: how the CPU computes attention; a GPU takes one dense mask
+    for budget, recompute, by_runs in (
+        (4096, 0, True),
+        (60, 0, True),
+        (4096, 2, True),
+        (4096, 0, False),
+        (60, 2, False),
+    ):
+        policy.token_budget, policy.by_runs = budget, by_runs
         policy._layers_to_recompute = lambda tokens, recompute=recompute: recompute
         fast = policy.logprobs(pairs, 0.7)
         assert [len(v) for v in fast] == [len(c) for _, c in pairs]

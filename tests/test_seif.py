@@ -163,6 +163,7 @@ def test_bad_input_ends_in_one_clear_line(setup, tmp_path, capsys):
     assert "--group 0" in wrong(group=0)
     assert "--retries 0" in wrong(retries=0)
     assert "--shots 99" in wrong(shots=99)
+    assert "exceed the 2048 tokens of context" in wrong(max_prompt_tokens=2040)
     assert "--follower-steps 3,x" in wrong(follower_steps="3,x")
     assert "no/model" in error(capsys, setup("bad2", model="no/model"))
     assert "all 1 seeds exceed" in error(capsys, setup("bad3", seeds=tmp_path / "long.txt"))
