@@ -110,7 +110,7 @@ def read_ifeval(path: str) -> list[dict]:
         unknown = [i for i in ids if i not in RULES]
         if unknown or len(ids) != len(kwargs):
             what = f"unknown instruction id {unknown[0]!r}" if unknown else "ids and kwargs differ in number"
-            raise UserError(f"{path}, line {number}: {what}; the 25 ids of IFEval are known")
+            raise UserError(f"{path}, line {number}: {what}; known are the ids in rules.RULES")
     if not rows:
         raise UserError(f"{path}: no rows in it")
     return [row for _, row in rows]
