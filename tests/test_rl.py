@@ -159,6 +159,28 @@ def test_a_step_changes_its_own_role_and_nothing_else(folders, bits, updates):
     assert policy.role is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_shape_is_loaded_sampled_scored_trained_saved_and_read_again(folders, tmp_path, kind):
+    policy = rl.load(folders(kind), bits=4)
+    policy.add("follower", seed=1)
+    prompt = policy.encode([{"role": "user", "content": "Name a fruit."}])
+    with policy.using("follower"):
+        (group,) = policy.generate([prompt], 4, 8)
+    assert all(1 <= len(c) <= 8 for c in group)
+    (p,) = policy.yes_probability([prompt])
+    assert math.isnan(p) or 0 <= p <= 1
+    episodes = [rl.Episode(prompt, c, 0, float(k)) for k, c in enumerate(group)]
+    optimizer = torch.optim.AdamW(policy.tensors("follower").values(), lr=1e-2)
+    assert rl.grpo_step(policy, "follower", None, episodes, optimizer, CFG)["updates"] == 1
+    policy.save("follower", tmp_path)
+    policy.load_adapter("again", tmp_path)
+    scores = []
+    for role in ("follower", "again", None):
+        with policy.using(role), torch.no_grad():
+            scores.append(torch.cat(policy.logprobs([(prompt, c) for c in group])))
+    assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral-window", "gemma3"])
 def test_greedy_generation_equals_transformers(folders, kind):
     policy = rl.load(folders(kind), bits=16)
