@@ -64,7 +64,6 @@ def write_samples(folder: Path, per_stage: int = 6) -> None:
             reward = "none" if row["reward"] is None else f"{row['reward']:.2f}"
             lines += ["", f"**{row['seed']}** (step {row['step']}, {row['kind']}, reward {reward})", ""]
             for judged in row["constraints"]:
-                judged = judged if isinstance(judged, dict) else {"constraint": judged, "verdict": None, "by": "nobody"}
                 mark = "?" if judged["verdict"] is None else "+" if judged["verdict"] >= 0.5 else "-"
                 lines.append(f"- `{mark}` {judged['constraint']} ({judged['by']})")
             lines += [""] + [f"    {line}" for line in (row["answer"] or "(no answer)").split("\n")]

@@ -1,4 +1,4 @@
-"""rules.py: IFEval's 25 verifiable instructions. A table to look things up in; the method reads without it.
+"""rules.py: IFEval's 25 verifiable instructions and two of our own. A table to look things up in; the method reads without it.
 
     check(id, kwargs, response)    does a response follow an instruction (check_loose: IFEval's loose verdict)
     recognise(sentence)            which instruction a constraint in plain English is, or None

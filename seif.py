@@ -11,8 +11,9 @@ then writes the questions q_T; the Follower is trained to satisfy them (r). The 
 as it stood when the turn began, frozen. All four are LoRA adapters on one quantised base model, swapped by name.
 
 Left out: vLLM servers, several GPUs, a teacher, labels, merged checkpoints. Read on in judge.py (verdicts, rewards) and
-rl.py (the engine); config.py is the table of settings. A run is a list of units, each a training step, a set of questions or an evaluation; every unit
-seeds its own random numbers, so that a resumed run repeats exactly what an uninterrupted one would have done.
+rl.py (the engine); config.py is the table of settings. A run is a list of units, each a training step, a set of
+questions or an evaluation; every unit seeds its own random numbers, so that a resumed run repeats exactly what an
+uninterrupted one would have done.
 """
 
 import dataclasses
@@ -75,14 +76,19 @@ class Run:
                 f"the {context} tokens of context that {cfg.model} has"
             )
         self.optimizers = {}
-        for number, role in enumerate(("instructor", "follower")):
-            policy.add(role, seed=cfg.seed * 2 + number)
-            if role == "follower" and cfg.init_follower:
-                policy.load_adapter(role, cfg.init_follower)
+        for role in ("instructor", "follower"):
+            self._start(role, role)
             parameters = list(policy.tensors(role).values())
             self.optimizers[role] = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
         self.heldout = read_ifeval(cfg.heldout)
         self.heldout = self.heldout[: cfg.eval_rows or None]
+
+    def _start(self, name: str, role: str) -> None:
+        """An adapter as `role` is when the run begins."""
+        if role == "follower" and self.cfg.init_follower:
+            self.policy.load_adapter(name, self.cfg.init_follower)
+        else:
+            self.policy.add(name, seed=self.cfg.seed * 2 + (role == "follower"))
 
     def _fits(self, seed: str) -> bool:
         limit = self.cfg.max_prompt_tokens
@@ -110,10 +116,8 @@ class Run:
         for role, frozen in (("follower", "evaluator"), ("instructor", "reference")):
             if turn > 1:
                 self.policy.load_adapter(frozen, self.folder / f"turn{turn - 1}" / role)
-            elif role == "follower" and self.cfg.init_follower:
-                self.policy.load_adapter(frozen, self.cfg.init_follower)
             else:
-                self.policy.add(frozen, seed=self.cfg.seed * 2 + (role == "follower"))
+                self._start(frozen, role)
             for parameter in self.policy.tensors(frozen).values():
                 parameter.requires_grad_(False)
 
@@ -125,7 +129,11 @@ class Run:
                 tensors[f"{role}/{name}"] = parameter.detach().cpu().contiguous()
                 for moment, value in optimizer.state.get(parameter, {}).items():
                     tensors[f"{role}/{name}/{moment}"] = value.detach().cpu().contiguous()
-        sizes = {name: os.path.getsize(self.folder / name) for name in LOGS}
+        sizes = {}
+        for name in LOGS:
+            with open(self.folder / name, "ab") as file:
+                os.fsync(file.fileno())  # on the disk before the state that counts on it
+                sizes[name] = file.tell()
         about = {"units": str(units), "sizes": json.dumps(sizes)}
         replace_file(self.folder / "state.safetensors", lambda path: save_file(tensors, path, about))
 
@@ -135,7 +143,8 @@ class Run:
         if path.exists():
             try:
                 with safe_open(path, "pt") as file:
-                    self.done, sizes = int(file.metadata()["units"]), json.loads(file.metadata()["sizes"])
+                    self.done = int(file.metadata()["units"])
+                    sizes |= json.loads(file.metadata()["sizes"])
                     saved = {name: file.get_tensor(name) for name in file.keys()}
                 for role, optimizer in self.optimizers.items():
                     for name, parameter in self.policy.tensors(role).items():
@@ -150,6 +159,11 @@ class Run:
                 ) from error
         for name in LOGS:
             with open(self.folder / name, "ab") as file:
+                if file.tell() < sizes[name]:
+                    raise UserError(
+                        f"{self.folder / name}: shorter than when the state was saved; put the whole file back, "
+                        f"or take out {path.name} to begin again"
+                    )
                 file.truncate(sizes[name])
 
 
@@ -373,9 +387,10 @@ def step_metrics(run: Run, episodes: list[Episode], clock: Clock, metrics: dict)
 
 def sample_row(turn, stage, step, question: Question, answer: str, verdicts: list, reward) -> dict:
     """One line of samples.jsonl, readable without the code."""
+    verdicts = verdicts or [judge.Verdict(None, "nobody")] * len(question.constraints)
     judged = [{"constraint": c, "verdict": v.value, "by": v.by} for c, v in zip(question.constraints, verdicts)]
     row = {"turn": turn, "stage": stage, "step": step, "kind": question.kind, "seed": question.seed}
-    return row | {"constraints": judged or list(question.constraints), "answer": answer, "reward": reward}
+    return row | {"constraints": judged, "answer": answer, "reward": reward}
 
 
 # ---------------------------------------------------------------- evaluation
