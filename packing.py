@@ -111,9 +111,11 @@ def attention(module, query, key, value, attention_mask, runs=None, scaling=None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     out = []
     for start, end, columns, mask in runs:
-        seen = (key[:, :, columns], value[:, :, columns])
-        out.append(sdpa_attention_forward(module, query[:, :, start:end], *seen, mask, scaling=scaling)[0])
-    return torch.cat(out, 1), None
+        q, k, v = query[:, :, start:end], key[:, :, columns], value[:, :, columns]
+        out.append(
+            F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+        )
+    return torch.cat(out, 2).transpose(1, 2), None
 
 
 # Under a name of our own, with sdpa's masks for whatever is not packed.
@@ -192,10 +194,13 @@ class TokenLogProb(torch.autograd.Function):
         for at in range(0, len(hidden), size):
             h, t = hidden[at : at + size], targets[at : at + size]
             logits = F.linear(h, weight, bias).float().div_(temperature)
-            logits.sub_(logits.logsumexp(-1, keepdim=True))
-            out[at : at + size] = logits.gather(1, t[:, None])[:, 0]
+            logits.sub_(logits.amax(-1, keepdim=True))
+            target = logits.gather(1, t[:, None])
+            odds = logits.exp_()  # in place from here on: a temporary of this size costs more than what is done to it
+            total = odds.sum(-1, keepdim=True)
+            out[at : at + size] = (target - total.log())[:, 0]
             if grad is not None:
-                expected = logits.exp_().to(weight.dtype) @ weight
+                expected = odds.div_(total).to(weight.dtype) @ weight
                 grad[at : at + size] = (weight[t] - expected) / temperature
         ctx.save_for_backward(grad)
         return out

@@ -98,7 +98,7 @@ def test_a_sequence_longer_than_the_budget_gets_its_own_row():
 @pytest.mark.parametrize("bits", [16, 4])
 def test_adapter_off_is_the_base_model_bit_for_bit(folders, bits):
     policy = rl.load(folders("llama"), bits=bits)
-    ids = torch.arange(20)[None]
+    ids = (torch.arange(2 * rl.FEW_TOKENS) % 50)[None]
     quantisation = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -118,6 +118,21 @@ def test_adapter_off_is_the_base_model_bit_for_bit(folders, bits):
         assert not torch.equal(policy.model(ids).logits, expected)
         policy.use(None)
         assert torch.equal(policy.model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("role", [None, "follower"])
+def test_few_tokens_on_the_cpu_take_another_way_to_the_same_output(folders, role):
+    policy = rl.load(folders("qwen2"), bits=4)  # with biases
+    policy.add("follower")
+    randomise(policy, "follower")
+    policy.use(role)
+    for name, layer in policy.lora.items():
+        x = torch.randn(3, 2, layer.base.in_features)
+        few = layer(x)
+        assert few.shape == (3, 2, layer.base.out_features) and few.is_contiguous()
+        many = layer(x.repeat(rl.FEW_TOKENS, 1, 1))[:3]
+        assert layer.unpacked is not None
+        torch.testing.assert_close(few, many, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def episodes_for(policy, rewards, role="follower", group=4):
