@@ -70,7 +70,9 @@ class Config:
     eval_rows: int = setting(0, "held-out rows (and questions of q_T) evaluated per turn; 0: all")
     token_budget: int = setting(2048, "distinct tokens per packed row: sets the memory of a training step")
     slots: int = setting(0, "samples decoded side by side; 0: from free memory")
-    activation_mib: int = setting(0, "activations kept for the backward pass, the rest recomputed; 0: from free memory")
+    activation_mib: int = setting(
+        0, "kept for the backward pass, the rest recomputed; 0: half of what is free, on the CPU 64"
+    )
     save_every: int = setting(10, "training steps between saved states")
 
 

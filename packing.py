@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 HEAD_CHUNK = 1 << 24  # logits held at once, in elements: 64 MiB of fp32, whatever the vocabulary
+SHARED_FROM = 128  # tokens common to all prompts from which on a sampling step reads them in one place, not per sample
 PICK_BLOCK = 256  # tokens of the vocabulary summed together when sampling
 LOOK_EVERY = {"cuda": 8, "cpu": 1}  # look for finished rows every so many tokens: on CUDA a look waits for the device
 CPU_SLOTS, CUDA_SLOTS = 64, 256  # sequences sampled side by side, at most: beyond, a step only gets longer
@@ -101,12 +102,14 @@ def one_by_one(sequences: list[list[int]]) -> Iterator[Row]:
         yield Row(np.asarray(ids), at, None, None, [at], [i])
 
 
-def attention(module, query, key, value, attention_mask, runs=None, scaling=None, **kwargs):
+def attention(module, query, key, value, attention_mask, runs=None, shared=None, scaling=None, **kwargs):
     """sdpa; given the runs of a packed row, run by run, each over the tokens that it sees and no others.
 
     A row of L tokens holds n branches: one call over all of it computes L * L scores to mask most of them.
     query (1, H, L, D), key and value (1, h, P + L, D) -> (1, L, H, D).
     """
+    if shared is not None:
+        return attention_after(shared.kv[module.layer_idx], query, key, value, attention_mask, scaling), None
     if runs is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     out = []
@@ -116,6 +119,23 @@ def attention(module, query, key, value, attention_mask, runs=None, scaling=None
             F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
         )
     return torch.cat(out, 2).transpose(1, 2), None
+
+
+def attention_after(shared, query, key, value, mask, scaling) -> Tensor:
+    """One new token for each of n samples, which see the same `shared` keys and values, (1, h, P, D), then their own.
+
+    For the shared part the samples' queries are the rows of one matrix, so that its keys are read once, not n times.
+    query (n, H, 1, D), key and value (n, h, W, D), mask (n, 1, 1, W) True where seen -> (n, 1, H, D).
+    """
+    n, heads, _, dim = query.shape
+    shared_key, shared_value = (t[0] for t in shared)
+    query = query.reshape(n, key.shape[1], -1, dim) * scaling  # (n, h, H / h, D): the queries of a key's head together
+    far = query.transpose(0, 1).flatten(1, 2) @ shared_key.mT  # (h, n * H / h, P)
+    near = (query @ key.mT).masked_fill_(~mask, -torch.inf)  # (n, h, H / h, W)
+    scores = torch.cat([far.unflatten(1, (n, -1)).transpose(0, 1), near], -1)
+    far, near = scores.softmax(-1, dtype=torch.float32).to(query.dtype).split([far.shape[-1], near.shape[-1]], -1)
+    far = (far.transpose(0, 1).flatten(1, 2) @ shared_value).unflatten(1, (n, -1)).transpose(0, 1)
+    return (far + near @ value).reshape(n, 1, heads, dim)
 
 
 # Under a name of our own, with sdpa's masks for whatever is not packed.
@@ -222,13 +242,17 @@ def cut_at_eos(ids: list[int], eos: set[int]) -> list[int]:
 
 
 def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Sample by inverting the cumulative distribution: logits (B, V) and draws (B,) in (0, 1] -> token ids (B,)."""
+    """Sample by inverting the cumulative distribution: logits (B, V) and draws (B,) in (0, 1] -> token ids (B,).
+
+    The logits are overwritten.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    weight = logits - logits.amax(-1, keepdim=True)
-    weight = (weight if temperature == 1 else weight / temperature).exp_()
+    weight = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+    if rest := -weight.shape[1] % PICK_BLOCK:
+        weight = F.pad(weight, (0, rest))
     # Two levels, first which block of the vocabulary, then which token in it: a running sum over all V is slow.
-    blocks = F.pad(weight, (0, -weight.shape[1] % PICK_BLOCK)).unflatten(1, (-1, PICK_BLOCK))  # (B, V / 256, 256)
+    blocks = weight.unflatten(1, (-1, PICK_BLOCK))  # (B, V / 256, 256)
     upto = blocks.sum(-1).cumsum(-1)
     target = uniform[:, None] * upto[:, -1:]
     block = torch.searchsorted(upto, target)  # (B, 1)
@@ -257,6 +281,7 @@ class Sampler:
         self.eos = torch.tensor(sorted(policy.eos), dtype=torch.long, device=device)
         self.over = torch.zeros(total, dtype=torch.bool, device=device)
         self.columns = max(map(len, prompts)) + steps
+        self.first = 0  # the first so many tokens of all prompts stay where they are, see attention_after
         self.active: list[int] = []
         self.held: list[int] = []  # tokens held per slot, known without asking the device
         self.cache: SlotCache | None = None
@@ -267,11 +292,13 @@ class Sampler:
     def _starts(self, prompts: list) -> Iterator[tuple]:
         """(sample, its first token, the packed prompts' cache, the prompt's columns in it), a row at a time."""
         for row, cache, shared, hidden in self.policy._prefill(prompts):
+            self.first = shared if shared >= SHARED_FROM else 0
             for i, path in zip(row.members, row.paths):
                 samples = range(i * self.n, (i + 1) * self.n)
-                logits = self.policy._head(hidden[path[-1]]).expand(self.n, -1)
+                logits = self.policy._head(hidden[path[-1]]).repeat(self.n, 1)
                 tokens = pick(logits, self.uniform[samples.start : samples.stop, 0], self.temperature)
-                columns = torch.from_numpy(np.concatenate([np.arange(shared), shared + path])).to(self.policy.device)
+                columns = np.concatenate([np.arange(self.first, shared), shared + path])
+                columns = torch.from_numpy(columns).to(self.policy.device)
                 for sample, token in zip(samples, tokens):
                     yield sample, token, cache, columns
 
@@ -281,7 +308,9 @@ class Sampler:
             return False
         sample, token, prefilled, columns = start
         if self.cache is None:
+            self.columns -= self.first
             self.cache = SlotCache(self._slot_count(prefilled), self.columns, prefilled, self.policy.device)
+            self.shared = {"shared": prefilled.prefix} if self.first else {}
             self.sample, self.count, self.token = torch.zeros(
                 3, self.cache.slots, dtype=torch.long, device=token.device
             )
@@ -308,10 +337,11 @@ class Sampler:
         mask = torch.arange(cache.width, device=policy.device) <= length[:, None]  # (n, width)
         out = policy.model.base_model(
             input_ids=self.token[:n, None],
-            position_ids=length[:, None],
+            position_ids=self.first + length[:, None],
             attention_mask=mask[:, None, None],
             use_cache=True,
             **{policy.cache_argument: cache},
+            **self.shared,
         )
         token = pick(policy._head(out.last_hidden_state[:, 0]), self.uniform[sample, count], self.temperature)
         self.token[:n] = self.out[sample, count] = token

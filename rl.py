@@ -37,7 +37,7 @@ from packing import HEAD_CHUNK, Row, RowCache, Sampler, TokenLogProb, common_pre
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MIN_BUDGET = 128  # tokens a row; halving stops here
 YES, NO = ("yes", "Yes", " yes", " Yes", "YES"), ("no", "No", " no", " No", "NO")
-CPU_ACTIVATION_MIB = 128  # kept for the backward pass without a GPU, where fresh memory costs almost what it saves
+CPU_ACTIVATION_MIB = 64  # kept for the backward pass without a GPU, where fresh memory costs almost what it saves
 FEW_TOKENS = 64  # up to here MKL multiplies a tall matrix by a narrow one faster than the other way round
 CPU_UNPACK_MIB = 1024  # 4-bit weights whose fp32 values take no more are held unpacked on the CPU
 MIN_VERDICT_MASS = 1e-3  # P(yes) + P(no) below this: the model is not answering the question, no verdict

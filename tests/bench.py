@@ -7,7 +7,8 @@
 
 Each measurement runs in a process of its own, so that its peak memory is its own; seconds are the median of --repeat
 runs after one warm-up. `limit` is the time that the step's matrix multiplications alone would take at the speed
-measured here for its shapes. Every sample has a forced length, so that both sides do the same work.
+measured here for its shapes, `tree` the seconds of building the packed rows and their masks. Every sample has a forced
+length, so that both sides do the same work.
 """
 
 import argparse
@@ -133,11 +134,13 @@ class Bench:
 
     def update(self, kind: str) -> dict:
         prompts = make_prompts(kind)
+        groups = fake_groups(prompts, GROUP)
         cfg = types.SimpleNamespace(**(vars(CFG) | {"kl": 0.0}))
-        work = lambda: rl.grpo_step(
-            self.policy, "follower", None, episodes_of(prompts, fake_groups(prompts, GROUP)), self.optimizer, cfg
-        )
-        return self.result(work, len(prompts) * GROUP * NEW, self.grpo_flops(prompts, GROUP) * 2 / 3)
+        work = lambda: rl.grpo_step(self.policy, "follower", None, episodes_of(prompts, groups), self.optimizer, cfg)
+        row = self.result(work, len(prompts) * GROUP * NEW, self.grpo_flops(prompts, GROUP) * 2 / 3)
+        sequences = [p + c[:-1] for p, g in zip(prompts, groups) for c in g]
+        tree, _ = timed(lambda: [self.policy._masks(r) for r in self.policy.rows(sequences)], 3, 1)
+        return row | {"tree": round(tree, 4), "tree_share": round(tree / row["seconds"], 4)}
 
     def update_plain(self, kind: str) -> dict:
         """One padded batch per group, full logits of the completion, autograd through all: the usual way."""

@@ -196,8 +196,10 @@ def test_every_shape_is_loaded_sampled_scored_trained_saved_and_read_again(folde
     assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
 
 
+@pytest.mark.parametrize("shared_from", [1, 128])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral-window", "gemma3"])
-def test_greedy_generation_equals_transformers(folders, kind):
+def test_greedy_generation_equals_transformers(folders, kind, shared_from, monkeypatch):
+    monkeypatch.setattr(packing, "SHARED_FROM", shared_from)  # 1: what the prompts share is attended to in one place
     policy = rl.load(folders(kind), bits=16)
     prompts = [p for p, _ in make_pairs()[:2]] + [make_pairs()[0][0] + [7, 8]]
     ours = policy.generate(prompts, 1, 25, temperature=0)
@@ -214,7 +216,9 @@ def test_greedy_generation_equals_transformers(folders, kind):
         assert completion == full[0, len(prompt) :].tolist()
 
 
-def test_sampling_does_not_depend_on_the_slots_and_keeps_eos(policy):
+@pytest.mark.parametrize("shared_from", [1, 128])
+def test_sampling_does_not_depend_on_the_slots_and_keeps_eos(policy, shared_from, monkeypatch):
+    monkeypatch.setattr(packing, "SHARED_FROM", shared_from)
     randomise(policy, "follower")
     policy.use("follower")
     policy.eos = set(range(0, 256, 16))  # frequent ends: rows finish and are replaced at different times
@@ -252,7 +256,7 @@ def test_limits_per_sample(policy, packs):
 def test_pick_follows_the_distribution():
     torch.manual_seed(0)
     logits = torch.randn(1, 700) * 2
-    tokens = packing.pick(logits.expand(50_000, -1), 1 - torch.rand(50_000), 0.8)
+    tokens = packing.pick(logits.repeat(50_000, 1), 1 - torch.rand(50_000), 0.8)
     share = torch.bincount(tokens, minlength=700) / 50_000
     assert (share - (logits[0] / 0.8).softmax(-1)).abs().max() < 0.01
     certain = torch.full((3, 700), -1e9)
