@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-HEAD_CHUNK = 1 << 24  # logits held at once, in elements: 64 MiB of fp32, whatever the vocabulary
+HEAD_CHUNK = 1 << 23  # logits held at once, in elements: 32 MiB of fp32, whatever the vocabulary
 SHARED_FROM = 128  # tokens common to all prompts from which on a sampling step reads them in one place, not per sample
 PICK_BLOCK = 256  # tokens of the vocabulary summed together when sampling
 LOOK_EVERY = {"cuda": 8, "cpu": 1}  # look for finished rows every so many tokens: on CUDA a look waits for the device

@@ -12,11 +12,13 @@ That a batch's shared tokens are computed once, and no full logits are held, is 
 What is left out: value network, reward model, padding, full-vocabulary logits, merged weights, distributed training.
 """
 
+import ctypes
 import inspect
 import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +47,15 @@ MIN_VERDICT_MASS = 1e-3  # P(yes) + P(no) below this: the model is not answering
 # Large pages for tensors on the CPU, where most of the time that is not arithmetic goes into fresh 4 KiB pages. Read by
 # torch at its first allocation, ignored where the system has none.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def trim() -> None:
+    """Give freed memory back to the system, between sampling and updating, where glibc is the C library.
+
+    It keeps what was freed in pieces, of which tensors of other shapes use little: both phases' peaks would add up.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 # ---------------------------------------------------------------- LoRA
@@ -468,6 +479,7 @@ class Policy:
         limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * total
         if not total:
             return []
+        trim()
         if self.packs:
             sampler = Sampler(self, prompts, n, limits, temperature)
             while sampler.active:
@@ -607,6 +619,7 @@ def grpo_step(policy: Policy, role: str, reference: str | None, episodes: list[E
     last digit, since bitsandbytes picks its kernel by the number of rows.
     Returns the step's metrics; "skipped" counts updates that a non-finite gradient voided.
     """
+    trim()
     kept = set_advantages(episodes)
     groups = sorted({e.group for e in kept})
     total = len({e.group for e in episodes})
