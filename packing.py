@@ -103,7 +103,8 @@ def one_by_one(sequences: list[list[int]]) -> Iterator[Row]:
 
 
 def attention(module, query, key, value, attention_mask, runs=None, shared=None, scaling=None, **kwargs):
-    """sdpa; given the runs of a packed row, run by run, each over the tokens that it sees and no others.
+    """sdpa; given the runs of a packed row, run by run, each over the tokens that it sees and no others; given what all
+    samples share, in a sampling step, attention_after.
 
     A row of L tokens holds n branches: one call over all of it computes L * L scores to mask most of them.
     query (1, H, L, D), key and value (1, h, P + L, D) -> (1, L, H, D).
@@ -129,7 +130,9 @@ def attention_after(shared, query, key, value, mask, scaling) -> Tensor:
     """
     n, heads, _, dim = query.shape
     shared_key, shared_value = (t[0] for t in shared)
-    query = query.reshape(n, key.shape[1], -1, dim) * scaling  # (n, h, H / h, D): the queries of a key's head together
+    query = query.reshape(n, key.shape[1], -1, dim) * (
+        scaling or dim**-0.5
+    )  # (n, h, H / h, D): the queries of a key's head together
     far = query.transpose(0, 1).flatten(1, 2) @ shared_key.mT  # (h, n * H / h, P)
     near = (query @ key.mT).masked_fill_(~mask, -torch.inf)  # (n, h, H / h, W)
     scores = torch.cat([far.unflatten(1, (n, -1)).transpose(0, 1), near], -1)
@@ -280,8 +283,8 @@ class Sampler:
         self.limit = torch.tensor(limits, device=device)
         self.eos = torch.tensor(sorted(policy.eos), dtype=torch.long, device=device)
         self.over = torch.zeros(total, dtype=torch.bool, device=device)
-        self.columns = max(map(len, prompts)) + steps
-        self.first = 0  # the first so many tokens of all prompts stay where they are, see attention_after
+        self.longest = max(map(len, prompts)) + steps
+        self.first = 0  # tokens that all prompts share and no slot holds, see attention_after
         self.active: list[int] = []
         self.held: list[int] = []  # tokens held per slot, known without asking the device
         self.cache: SlotCache | None = None
@@ -308,8 +311,8 @@ class Sampler:
             return False
         sample, token, prefilled, columns = start
         if self.cache is None:
-            self.columns -= self.first
-            self.cache = SlotCache(self._slot_count(prefilled), self.columns, prefilled, self.policy.device)
+            room = self.longest - self.first
+            self.cache = SlotCache(self._slot_count(prefilled, room), room, prefilled, self.policy.device)
             self.shared = {"shared": prefilled.prefix} if self.first else {}
             self.sample, self.count, self.token = torch.zeros(
                 3, self.cache.slots, dtype=torch.long, device=token.device
@@ -321,12 +324,12 @@ class Sampler:
         self.over[sample] = torch.isin(token, self.eos) | (self.limit[sample] <= 1)
         return True
 
-    def _slot_count(self, like: RowCache) -> int:
+    def _slot_count(self, like: RowCache, columns: int) -> int:
         policy = self.policy
         cuda = policy.device.type == "cuda"
         per_token = sum(k[0, :, 0].nbytes + v[0, :, 0].nbytes for k, v in like.kv)
         budget = 0.5 * torch.cuda.mem_get_info(policy.device)[0] if cuda else CPU_KV_MIB * 2**20
-        most = policy.slots or min(CUDA_SLOTS if cuda else CPU_SLOTS, int(budget / (per_token * self.columns)))
+        most = policy.slots or min(CUDA_SLOTS if cuda else CPU_SLOTS, int(budget / (per_token * columns)))
         return max(1, min(most, len(self.limit)))
 
     def step(self) -> None:

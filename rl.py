@@ -74,7 +74,7 @@ class LoRALinear(nn.Module):
         self.unpacked: Tensor | None = None  # the 4-bit weight's values, see Policy._unpack
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out). With no role the output is the base layer's, bit for bit; of FEW_TOKENS, to rounding."""
+        """(..., in) -> (..., out). With no role the output is the base layer's, bit for bit; to rounding where `_few` is it."""
         if self.unpacked is not None and x.shape[:-1].numel() <= FEW_TOKENS:
             return self._few(x)
         y = self.base(x) if self.unpacked is None else F.linear(x, self.unpacked, self.base.bias)
@@ -181,7 +181,7 @@ class Policy:
     def _unpack(self) -> None:
         """On the CPU bitsandbytes unpacks each weight at each call, 40 % of a sampling step: do it once, if it fits.
 
-        The values, and so every result, are the same to the bit.
+        The values are the same to the bit.
         """
         packed = [layer for layer in self.lora.values() if getattr(layer.base.weight, "quant_state", None) is not None]
         if packed and sum(m.base.in_features * m.base.out_features for m in packed) * 4 <= CPU_UNPACK_MIB * 2**20:
