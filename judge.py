@@ -1,52 +1,78 @@
-"""judge.py: what an instruction asks for and whether an answer gives it.
+"""judge.py: what an instruction asks for, and whether an answer gives it. Text only, no torch.
 
-In this order: reading the Instructor's JSON, the Filter, the Judger, the two rewards, the prompts of the four roles.
+In this order: the Instructor's JSON, the Filter, the Judger, the two rewards. The constraints that
+code can check are a table, prompts/constraints.py; what the roles are told is prompts/messages.py.
 
-Where code can decide a constraint, code decides it (rules.py); the rest goes to the model in the evaluator's role,
-whose verdict is read from P(yes) against P(no) of the next token. A verdict is 1.0, 0.0 or None: None is missing, and
-never counts as a "no". Nothing here knows of turns or training. Source: SEIF (arXiv 2605.07465).
+Where code can decide a constraint, code decides it. The rest goes to `ask`, a function from chat
+messages to P(yes): normally the frozen Follower, but an API model or a dictionary will do. A
+verdict is 1.0, 0.0 or None: None is missing, and never counts as a "no".
+
+Sources: SEIF (arXiv 2605.07465); the verifiable instructions are IFEval's (arXiv 2311.07911).
 """
 
 import json
 import math
-import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-from data import UserError, read_jsonl, read_text
-from rl import Policy
-from rules import MAX_CONSTRAINT_CHARS, RULES, check, check_loose, contradiction, intervals, recognise  # noqa: F401
+from prompts.constraints import (
+    MAX_CONSTRAINT_CHARS,
+    RULES,
+    check,
+    check_loose,
+    contradiction,
+    intervals,
+    problem,
+    recognise,
+)
+from prompts.messages import Question, filter_prompt, judger_prompt, whole_text
 
-PROMPTS = Path(__file__).parent / "prompts"
-KINDS = {"hard": 3, "soft": 5}  # constraints asked for, as in SEIF: machine-checkable ones, open ones
-WORDS_PER_TOKEN = 0.75  # English, so that "at least 500 words" is not asked of a 128-token answer
+# For those who ask judge what code can check.
+__all__ = ["RULES", "check", "check_loose", "problem", "recognise"]
+
+FILTERS, JUDGES = ("llm", "code", "rules", "off"), ("hybrid", "llm")
+REWARDS = ("hardest", "frontier")
+# English, so that "at least 500 words" is not asked of a 128-token answer.
+WORDS_PER_TOKEN = 0.75
+# The lower end of an AUC's interval from which on a model's verdicts are believed.
+TRUSTED_AUC = 0.6
+# A proposal is looked for in so many characters of a text.
+MAX_PROPOSAL_CHARS = 20_000
+
+Ask = Callable[[list[list[dict]]], list[float]]
 
 
-@dataclass(frozen=True)
-class Question:
-    """A row of q_T: a seed question and the constraints an Instructor added to it."""
-
-    seed: str
-    kind: str
-    constraints: tuple[str, ...]
-
-    @property
-    def instruction(self) -> str:
-        """What the Follower is asked: the seed, then one constraint a line."""
-        return self.seed + "\n" + "\n".join(self.constraints)
-
-
+# ------------------------------------------------------------ verdicts
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer satisfies one constraint, and who says so."""
+    """Whether an answer satisfies one constraint, and who says so: "rule" or "judger"."""
 
     value: float | None
-    by: str  # "rule" or "judger"
+    by: str
 
 
-# ---------------------------------------------------------------- the Instructor's JSON
+# ------------------------------------------------------------ the Instructor's JSON
+def parse_constraints(text: str, count: int) -> tuple[list[str], str]:
+    """A proposal, bare, fenced or amid chatter -> (constraints, "") or ([], reason).
+
+    'Sure! {"c1": "Use no commas.", "c2": "Be kind."}', 2 -> (["Use no commas.", "Be kind."], "")
+    Reasons: "no json", "wrong keys" (they must be c1 to c<count>), "not text".
+    """
+    text, decoder = text[:MAX_PROPOSAL_CHARS], json.JSONDecoder(object_pairs_hook=_unique)
+    for brace in list(re.finditer("{", text))[:20]:
+        try:
+            proposal, _ = decoder.raw_decode(text, brace.start())
+        except (ValueError, RecursionError):
+            continue
+        if list(proposal) != [f"c{i}" for i in range(1, count + 1)]:
+            return [], "wrong keys"
+        values = list(proposal.values())
+        if not all(isinstance(c, str) and c.strip() and c == whole_text(c) for c in values):
+            return [], "not text"
+        return [" ".join(c.split()) for c in values], ""
+    values = _unescaped(text, count)
+    return (values, "") if values else ([], "no json")
 
 
 def _unique(pairs: list) -> dict:
@@ -55,52 +81,35 @@ def _unique(pairs: list) -> dict:
     return dict(pairs)
 
 
-def parse_constraints(text: str, count: int) -> tuple[list[str], str]:
-    """The proposal {"c1": ..., "c<count>": ...}, bare, fenced or amid chatter -> (constraints, "") or ([], reason).
-
-    Reasons: "no json", "wrong keys" (the keys must be c1 to c<count>, which also fixes the number), "not text".
-    """
-    decoder = json.JSONDecoder(object_pairs_hook=_unique)
-    for brace in list(re.finditer("{", text[:20_000]))[:20]:
-        try:
-            proposal, _ = decoder.raw_decode(text[:20_000], brace.start())
-        except (ValueError, RecursionError):
-            continue
-        if list(proposal) != [f"c{i}" for i in range(1, count + 1)]:
-            return [], "wrong keys"
-        if not all(isinstance(c, str) and c.strip() for c in proposal.values()):
-            return [], "not text"
-        return [" ".join(c.split()) for c in proposal.values()], ""
-    values = _unescaped(text[:20_000], count)
-    return (values, "") if values else ([], "no json")
-
-
 def _unescaped(text: str, count: int) -> list[str]:
-    """Small models write "quotes" inside a value unescaped. With the keys known it is still clear what they mean."""
+    """Small models write "quotes" inside a value unescaped; the keys tell what they mean."""
+    openings = [r'\{\s*"c1"\s*:\s*"']
+    openings += [rf'"\s*,\s*"c{i}"\s*:\s*"' for i in range(2, count + 1)] + [r'"\s*\}']
     at, values = 0, []
-    for i in range(1, count + 2):
-        opening = rf'"\s*,\s*"c{i}"\s*:\s*"' if 1 < i <= count else r'\{\s*"c1"\s*:\s*"' if i == 1 else r'"\s*\}'
-        if not (mark := re.compile(opening).search(text, at)):
+    for opening in openings:
+        mark = re.compile(opening).search(text, at)
+        if not mark:
             return []
         values.append(" ".join(text[at : mark.start()].split()))
         at = mark.end()
+    # What stands before the first key is no value, and no value holds another key or value.
     values = values[1:]
-    clean = all(v and not re.search(r'"\s*[:,]\s*"|[{}]', v) for v in values)  # no other key or value inside
+    clean = all(v and not re.search(r'"\s*[:,]\s*"|[{}]', v) for v in values)
     return values if clean else []
 
 
-# ---------------------------------------------------------------- the Filter
-
-
+# ------------------------------------------------------------ the Filter
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def code_filter(question: Question, max_new_tokens: int, checkable: bool = False, min_words: int = 0) -> str:
+def code_filter(
+    question: Question, max_new_tokens: int, checkable: bool = False, min_words: int = 0
+) -> str:
     """What code can see wrong with an instruction: a reason to reject it, or "".
 
-    `checkable`: hard constraints that no rule recognises are rejected too, so that no model's verdict is needed.
-    `min_words`: an instruction that allows fewer words is too: "at most 4 words" is hard, and leaves no answer.
+    `checkable`: a hard constraint that no rule recognises is rejected, so that no model is asked.
+    `min_words`: so is an instruction that allows fewer: "at most 4 words" leaves no answer.
     """
     seed, plain = _plain(question.seed), [_plain(c) for c in question.constraints]
     if len(set(plain)) < len(plain):
@@ -109,45 +118,53 @@ def code_filter(question: Question, max_new_tokens: int, checkable: bool = False
         return "too long"
     if any(len(c) > 15 and (c in seed or (len(seed) > 15 and seed in c)) for c in plain):
         return "restates the seed"
-    nameless = r"(?:forbidden|key|following|specific|certain) (?:key)?(?:words?|phrases?)(?!.*['\"`:\[])"
+    # "Do not use the forbidden words", which nobody can satisfy or break.
+    sorts = "forbidden|key|following|specific|certain"
+    nameless = rf"(?:{sorts}) (?:key)?(?:words?|phrases?)(?!.*['\"`:\[])"
     if any(re.search(nameless, c.lower()) for c in question.constraints):
-        return "words not named"  # "do not use the forbidden words", which nobody can satisfy or break
+        return "words not named"
     rules = [recognise(c) for c in question.constraints]
     if checkable and question.kind == "hard" and None in rules:
         return "not checkable"
     known = [rule for rule in rules if rule]
     if contradiction(known):
         return "contradiction"
+    # Hard constraints are of different categories, as in SEIF.
     if question.kind == "hard" and len({name for name, _ in known}) < len(known):
-        return "one sort twice"  # hard constraints are of different categories, as in SEIF
+        return "one sort twice"
     words = intervals(known).get(("length_constraints:number_words", None), (0, math.inf))
     if words[0] > max_new_tokens * WORDS_PER_TOKEN:
         return "over the token limit"
-    if words[1] < min_words:
-        return "no room for an answer"
-    return ""
+    return "no room for an answer" if words[1] < min_words else ""
 
 
-def filter_questions(policy: Policy, questions: list[Question], cfg) -> list[str]:
-    """For each instruction a reason to reject it, or "": code first, then the model in use, one prefill each.
+def filter_questions(
+    questions: list[Question], ask: Ask, mode: str, limits: tuple[int, int], threshold: float = 0.5
+) -> list[str]:
+    """For each instruction a reason to reject it, or "": code first, then `ask`.
 
-    cfg.filter is "llm" (both), "code", or "off" (the paper's ablation). A missing verdict lets an instruction pass.
+    mode "llm" is both, "code" leaves `ask` out, "rules" is code that also rejects hard constraints
+    no rule recognises, "off" is the paper's ablation. A missing verdict lets a question pass.
+    limits: an answer's tokens at most, and the words that an instruction must allow.
     """
-    if cfg.filter == "off":
+    if mode == "off":
         return [""] * len(questions)
-    reasons = [code_filter(q, cfg.max_new_tokens, cfg.checkable, cfg.min_words) for q in questions]
-    left = [i for i, reason in enumerate(reasons) if not reason] if cfg.filter == "llm" else []
-    for i, p in zip(left, policy.yes_probability([filter_prompt(policy, questions[i]) for i in left])):
-        reasons[i] = "rejected by the model" if p < 0.5 else ""
+    tokens, words = limits
+    reasons = [code_filter(q, tokens, mode == "rules", words) for q in questions]
+    left = [i for i, reason in enumerate(reasons) if not reason and mode == "llm"]
+    for i, p in zip(left, ask([filter_prompt(questions[i]) for i in left])):
+        reasons[i] = "rejected by the model" if p < threshold else ""
     return reasons
 
 
-# ---------------------------------------------------------------- the Judger
-
-
+# ------------------------------------------------------------ the Judger
 def rule_verdict(question: Question, constraint: str, answer: str) -> bool | None:
-    """A rule's verdict on one constraint; None if no rule recognises it or can decide it."""
-    if not (rule := recognise(constraint)):
+    """A rule's verdict on one constraint; None if no rule recognises it or can decide it.
+
+    Question("Hi", "hard", ()), "Use no commas.", "a, b" -> False
+    """
+    rule = recognise(constraint)
+    if not rule:
         return None
     name, kwargs = rule
     if name == "combination:repeat_prompt":
@@ -155,155 +172,131 @@ def rule_verdict(question: Question, constraint: str, answer: str) -> bool | Non
     return check(name, kwargs, answer)
 
 
-def judge(policy: Policy, pairs: list[tuple[Question, str]], cfg) -> list[list[Verdict]]:
-    """Verdicts on every constraint of every (question, answer) pair, all open ones in one batch of prefills.
+def verdicts(
+    pairs: list[tuple[Question, str]], ask: Ask, mode: str = "hybrid", threshold: float = 0.5
+) -> list[list[Verdict]]:
+    """Verdicts on every constraint of every (question, answer), all open ones asked at once.
 
-    cfg.judge "hybrid": rules where they decide, else the model in use; "llm": the model decides all (the paper's way).
-    cfg.soft_verdicts keeps P(yes) instead of rounding it. cfg.judge_think lets the model write that many tokens first.
+    mode "hybrid": rules where they decide, else `ask`; "llm": `ask` decides all, the paper's way.
     """
-    table: list[list[Verdict | None]] = []
-    open_ones, prompts = [], []
-    for i, (question, answer) in enumerate(pairs):
+    table, places, prompts = [], [], []
+    for question, answer in pairs:
         table.append([])
-        for j, constraint in enumerate(question.constraints):
-            value = rule_verdict(question, constraint, answer) if cfg.judge == "hybrid" else None
-            table[i].append(None if value is None else Verdict(float(value), "rule"))
+        for constraint in question.constraints:
+            value = rule_verdict(question, constraint, answer) if mode == "hybrid" else None
             if value is None:
-                open_ones.append((i, j))
-                prompts.append(judger_prompt(policy, question, answer, constraint))
-    if cfg.judge_think and prompts:
-        thoughts = policy.generate(prompts, 1, cfg.judge_think, 0.0)
-        ending = policy.encode_text("\nVerdict (yes or no):")
-        prompts = [p + [t for t in c[0] if t not in policy.eos] + ending for p, c in zip(prompts, thoughts)]
-    for (i, j), p in zip(open_ones, policy.yes_probability(prompts)):
-        value = None if math.isnan(p) else p if cfg.soft_verdicts else float(p >= 0.5)
-        table[i][j] = Verdict(value, "judger")
+                places.append((len(table) - 1, len(table[-1])))
+                prompts.append(judger_prompt(question, answer, constraint))
+            table[-1].append(Verdict(None if value is None else float(value), "rule"))
+    for (i, j), p in zip(places, ask(prompts) if prompts else []):
+        table[i][j] = Verdict(None if math.isnan(p) else float(p >= threshold), "judger")
     return table
 
 
-# ---------------------------------------------------------------- rewards
+# ------------------------------------------------------------ is `ask` to be believed?
+@dataclass(frozen=True)
+class Ranking:
+    """How well P(yes) tells right from wrong, on cases whose truth rules know.
+
+    auc: the chance that a right case has the higher P(yes), with its 95 % interval; threshold: the
+    P(yes) of the best balanced accuracy; cases: those with a verdict.
+    """
+
+    auc: float
+    low: float
+    high: float
+    threshold: float
+    cases: int
+
+    @property
+    def believed(self) -> bool:
+        """Whether it is better than chance beyond doubt."""
+        return self.low > TRUSTED_AUC
 
 
+def rank(ps: list[float], truth: list[bool]) -> Ranking:
+    """The interval is Hanley and McNeil's (1982). [0.9, 0.4, 0.2], [1, 1, 0] -> auc 1.0"""
+    known = [(p, t) for p, t in zip(ps, truth) if not math.isnan(p)]
+    right, wrong = [p for p, t in known if t], [p for p, t in known if not t]
+    if not right or not wrong:
+        return Ranking(math.nan, 0.0, 1.0, 0.5, len(known))
+    n, m = len(right), len(wrong)
+    auc = sum((p > q) + 0.5 * (p == q) for p in right for q in wrong) / (n * m)
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    spread = auc * (1 - auc) + (n - 1) * (q1 - auc**2) + (m - 1) * (q2 - auc**2)
+    margin = 1.96 * math.sqrt(spread / (n * m))
+    balanced = lambda cut: sum(p >= cut for p in right) / n + sum(p < cut for p in wrong) / m
+    threshold = max(sorted({p for p, _ in known}), key=balanced)
+    return Ranking(auc, max(0.0, auc - margin), min(1.0, auc + margin), threshold, n + m)
+
+
+def balance(cases: list, truth: list[bool], most: int) -> tuple[list, list[bool]]:
+    """At most so many cases, half of them right where there are enough: (cases, truth)"""
+    right = [c for c, t in zip(cases, truth) if t][: most // 2]
+    wrong = [c for c, t in zip(cases, truth) if not t][: most // 2]
+    return right + wrong, [True] * len(right) + [False] * len(wrong)
+
+
+def unsound(question: Question, bank: list[str]) -> Question | None:
+    """The same question with a constraint of the bank put in that clashes with another of its own.
+
+    None if nothing in the bank clashes.
+    """
+    for i, kept in enumerate(question.constraints):
+        rule = recognise(kept)
+        clashing = [
+            c for c in bank if rule and recognise(c) and contradiction([rule, recognise(c)])
+        ]
+        if clashing:
+            mine, j = list(question.constraints), (i + 1) % len(question.constraints)
+            mine[j] = clashing[0]
+            return Question(question.seed, question.kind, tuple(mine))
+    return None
+
+
+# ------------------------------------------------------------ rewards
 def extract_answer(text: str, think: bool) -> str:
-    """The part of a completion that is judged. With `think` the whole must be <think>..</think><answer>..</answer>
-    (SEIF's format); an answer in any other format counts as empty."""
+    """The part of a completion that is judged.
+
+    With `think` it must be SEIF's format, whole: "<think>a</think><answer> b</answer>" -> "b".
+    An answer in any other form counts as empty.
+    """
     if not think:
-        return text.strip()
-    match = re.fullmatch(r"\s*<think>(.*?)</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
-    return match[2].strip() if match and not re.search(r"</?(think|answer)>", match[1] + match[2]) else ""
+        # Some templates open a thought of the model's own.
+        return text.rpartition("</think>")[2].strip()
+    form = r"\s*<think>(.*?)</think>\s*<answer>(.*)</answer>\s*"
+    match = re.fullmatch(form, text, re.DOTALL)
+    if not match or re.search(r"</?(think|answer)>", match[1] + match[2]):
+        return ""
+    return match[2].strip()
 
 
 def echoes(question: Question, answer: str) -> bool:
-    """Whether the answer only gives the instruction back: all of its lines are the instruction's, or little is added."""
+    """Whether an answer only gives the instruction back, or its lines, with next to nothing new."""
     whole, plain = _plain(question.instruction), _plain(answer)
     given = {_plain(line) for line in question.instruction.split("\n")} | {whole}
     lines = [_plain(line) for line in answer.split("\n")]
-    return all(line in given for line in lines if line) or (
-        whole in plain and len(plain.replace(whole, "").split()) < 3
-    )
+    if all(line in given for line in lines if line):
+        return True
+    return whole in plain and len(plain.replace(whole, "").split()) < 3
 
 
 def satisfaction(verdicts: list[Verdict]) -> float | None:
-    """r: the mean of the verdicts there are (SEIF's reward of the Follower); None if all are missing."""
+    """r: the mean of the verdicts there are; None if all are missing."""
     values = [v.value for v in verdicts if v.value is not None]
     return sum(values) / len(values) if values else None
 
 
-def follower_reward(question: Question, answer: str, ended: bool, verdicts: list[Verdict]) -> float | None:
-    """r; 0 for an answer that is empty, cut off at the token limit, or an echo of the instruction."""
+def follower_reward(question: Question, answer: str, ended: bool, verdicts: list) -> float | None:
+    """r; 0 for an answer that is empty, cut off at the limit, or an echo of the instruction."""
     if not answer or not ended or echoes(question, answer):
         return 0.0
     return satisfaction(verdicts)
 
 
-def instructor_reward(r: float | None, shape: str) -> float | None:
-    """From the share r of constraints that the evaluator's own answer satisfies.
+def instructor_reward(r: float, shape: str) -> float:
+    """From the share r of its constraints that the frozen Follower's own answer satisfies.
 
-    "hardest" is the paper's 1 - r; "frontier" is 4 r (1 - r), which peaks where the Follower succeeds half the time.
+    "hardest" is the paper's 1 - r; "frontier" is 4 r (1 - r), most where half of them succeed.
     """
-    if r is None:
-        return None
     return 1 - r if shape == "hardest" else 4 * r * (1 - r)
-
-
-def constraint_type(constraint: str) -> str:
-    """The rule's id without its group, or "open"."""
-    rule = recognise(constraint)
-    return rule[0].split(":")[1] if rule else "open"
-
-
-def type_statistics(questions: list[Question]) -> dict[str, float | str]:
-    """Entropy in bits of the constraint types and the commonest one: an Instructor that collapses shows here."""
-    types = [constraint_type(c) for q in questions for c in q.constraints]
-    if not types:
-        return {"type_entropy": 0.0, "top_type": "", "top_share": 0.0}
-    shares = {t: types.count(t) / len(types) for t in set(types)}
-    top = max(shares, key=lambda t: (shares[t], t))
-    entropy = -sum(p * math.log2(p) for p in shares.values())
-    return {"type_entropy": entropy, "top_type": top, "top_share": shares[top]}
-
-
-# ---------------------------------------------------------------- prompts
-
-
-@cache
-def prompt_text(name: str) -> str:
-    """prompts/<name>.txt."""
-    return read_text(PROMPTS / f"{name}.txt").strip()
-
-
-def read_questions(path: str | Path) -> list[Question]:
-    """Lines {"seed", "kind", "constraints"} -> questions; UserError names the line that is not so."""
-    questions = []
-    for number, row in read_jsonl(path):
-        seed, kind, constraints = (row.get(key) for key in ("seed", "kind", "constraints"))
-        listed = isinstance(constraints, list) and all(isinstance(c, str) for c in constraints)
-        if not isinstance(seed, str) or kind not in KINDS or not listed:
-            raise UserError(f"{path}, line {number}: needs seed, kind (hard or soft) and constraints, a list of texts")
-        questions.append(Question(seed, kind, tuple(constraints)))
-    return questions
-
-
-@cache
-def instructor_examples(kind: str) -> list[Question]:
-    """The worked examples that show a small Instructor what is wanted (prompts/instructor_examples.jsonl)."""
-    return [q for q in read_questions(PROMPTS / "instructor_examples.jsonl") if q.kind == kind]
-
-
-# The Instructor's answer is begun for it: a small model would else answer the question.
-OPENING = {"hard": '{"c1": "Your answer must', "soft": '{"c1": "'}
-_ASK = "Write {} constraints on how to answer this question, as JSON.\nQuestion: {}"
-
-
-def instructor_prompt(policy: Policy, seed: str, kind: str, shots: int, draw: random.Random) -> list[int]:
-    """A system line, worked examples as chat turns, the seed last, and the answer's opening given."""
-    messages = [{"role": "system", "content": prompt_text(f"instructor_{kind}")}]
-    for example in draw.sample(instructor_examples(kind), shots):
-        proposal = {f"c{i}": c for i, c in enumerate(example.constraints, 1)}
-        messages.append({"role": "user", "content": _ASK.format(KINDS[kind], example.seed)})
-        messages.append({"role": "assistant", "content": json.dumps(proposal, ensure_ascii=False)})
-    return policy.encode([*messages, {"role": "user", "content": _ASK.format(KINDS[kind], seed)}], OPENING[kind])
-
-
-def follower_prompt(policy: Policy, instruction: str, think: bool) -> list[int]:
-    """The same prompt in training, evaluation and chat."""
-    system = [{"role": "system", "content": prompt_text("think")}] if think else []
-    return policy.encode([*system, {"role": "user", "content": instruction}])
-
-
-def filter_prompt(policy: Policy, question: Question) -> list[int]:
-    """Fixed text first, so that all instructions of a batch share its prefill."""
-    asked = f"{prompt_text('filter')}\n\nQuestion:\n{question.seed}\n\nConstraints:\n" + "\n".join(question.constraints)
-    return policy.encode(
-        [{"role": "user", "content": asked + "\n\nCan all of them be met together? Answer yes or no."}]
-    )
-
-
-def judger_prompt(policy: Policy, question: Question, answer: str, constraint: str) -> list[int]:
-    """Template, instruction, answer, constraint: what many verdicts share comes first."""
-    asked = (
-        f"{prompt_text('judger')}\n\n[INSTRUCTION]\n{question.instruction}\n[END OF INSTRUCTION]\n\n"
-        f"[ANSWER]\n{answer}\n[END OF ANSWER]\n\nConstraint to check: {constraint}\n"
-        "Does the answer satisfy this one constraint? Reply yes or no."
-    )
-    return policy.encode([{"role": "user", "content": asked}])

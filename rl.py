@@ -1,258 +1,349 @@
-"""rl.py: the engine. One quantised base model, LoRA adapters swapped by role, sampling, log-probabilities, GRPO.
+"""rl.py: the engine. One quantised base model, LoRA adapters swapped by role, sampling, GRPO.
 
-It knows token ids and rewards and nothing of instructions, constraints or turns (see judge.py and seif.py).
+It sees token ids and rewards, and nothing of constraints, verdicts or turns (judge.py, seif.py).
 
-What is written by hand here, because it is the point of the project:
-  LoRALinear      y = W x + (alpha / r) B A x, W frozen in 4 bits           (Hu et al. 2021, equation 3)
-  Policy          roles, prompts, sampling, log-probabilities, one-pass verdicts
-  grpo_step       one GRPO step: group advantages, clipped ratio, k3 KL     (Shao et al. 2024, equation 3)
+    LoRALinear    y = W x + (alpha / r) B A x, W frozen in 4 bits   (Hu et al. 2021, equation 3)
+    PlainEngine   sample, log-probabilities, next-token probabilities, one sequence at a time
+    Chat          messages <-> token ids, by the model's own template
+    Policy        the model, an adapter for each role, and an engine
+    grpo_step     group advantages, clipped ratio, k3 KL            (Shao et al. 2024, equation 3)
 
-That a batch's shared tokens are computed once, and no full logits are held, is packing.py's work.
-
-What is left out: value network, reward model, padding, full-vocabulary logits, merged weights, distributed training.
+The plain engine is the definition; extras/packing.py does the same three things several times
+faster. Left out: value network, reward model, padding, merged weights, distributed training.
 """
 
-import ctypes
-import inspect
-import json
 import math
-import os
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from data import UserError, replace_file
-from packing import HEAD_CHUNK, Row, RowCache, Sampler, TokenLogProb, common_prefix, cut_at_eos, one_by_one, pack
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MIN_BUDGET = 128  # tokens a row; halving stops here
-YES, NO = ("yes", "Yes", " yes", " Yes", "YES"), ("no", "No", " no", " No", "NO")
-CPU_ACTIVATION_MIB = 64  # kept for the backward pass without a GPU, where fresh memory costs almost what it saves
-FEW_TOKENS = 64  # up to here MKL multiplies a tall matrix by a narrow one faster than the other way round
-CPU_UNPACK_MIB = 1024  # 4-bit weights whose fp32 values take no more are held unpacked on the CPU
-MIN_VERDICT_MASS = 1e-3  # P(yes) + P(no) below this: the model is not answering the question, no verdict
-
-# Large pages for tensors on the CPU, where most of the time that is not arithmetic goes into fresh 4 KiB pages. Read by
-# torch at its first allocation, ignored where the system has none.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# The ratio's clip, wider above 1 (DAPO's clip-higher, as in SEIF), and the largest gradient norm.
+CLIP_LOW, CLIP_HIGH, MAX_GRAD_NORM = 0.2, 0.3, 1.0
+ENGINES = ("packed", "plain")
+YES, NO = ("yes", "Yes", "YES", " yes", " Yes"), ("no", "No", "NO", " no", " No")
+# P(yes) + P(no) below this: the model is about to say something else, and there is no verdict.
+MIN_VERDICT_MASS = 1e-3
 
 
-def trim() -> None:
-    """Give freed memory back to the system, between sampling and updating, where glibc is the C library.
-
-    It keeps what was freed in pieces, of which tensors of other shapes use little: both phases' peaks would add up.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+# What reading a model's or an adapter's files may raise.
+FAULTS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
-# ---------------------------------------------------------------- LoRA
+class ModelError(ValueError):
+    """A model, an adapter or a memory limit that the user can mend; the text says how."""
 
 
+# ------------------------------------------------------------ LoRA
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus one low-rank update per role; `role` says which one is added, None for none.
+    """A frozen linear layer plus the low-rank update of the role in use; None: the layer alone.
 
-    A is (r, in) and B is (out, r), both fp32 masters, cast to the activations' type (never the other way round).
+    A is (r, in) and B (out, r), fp32 masters cast to the activations' type, never the other way.
+    All layers of a model share `use`, {"role": the role in use}.
     """
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: nn.Module, use: dict):
         super().__init__()
-        self.base, self.role = base, None
+        self.base, self.use = base, use
         self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
-        self.unpacked: Tensor | None = None  # the 4-bit weight's values, see Policy._unpack
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out). With no role the output is the base layer's, bit for bit; to rounding where `_few` is it."""
-        if self.unpacked is not None and x.shape[:-1].numel() <= FEW_TOKENS:
-            return self._few(x)
-        y = self.base(x) if self.unpacked is None else F.linear(x, self.unpacked, self.base.bias)
-        if self.role is None:
+        """(..., in) -> (..., out)"""
+        y, role = self.base(x), self.use["role"]
+        if role is None:
             return y
-        a, b = self.A[self.role].to(x.dtype), self.B[self.role].to(x.dtype)
-        # One kernel: the sum and B's share of it would each be another tensor of y's size.
-        down = F.linear(x, a).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), down, b.T, alpha=self.scale[self.role]).view_as(y)
-
-    def _few(self, x: Tensor) -> Tensor:
-        """The same as (W x^T + B A x^T)^T: for a sampling step's few tokens MKL is a third faster this way round."""
-        columns = x.flatten(0, -2).T
-        y = self.unpacked @ columns
-        if self.base.bias is not None:
-            y += self.base.bias[:, None]
-        if self.role is not None:
-            y = torch.addmm(y, self.B[self.role], self.A[self.role] @ columns, alpha=self.scale[self.role])
-        return y.T.contiguous().unflatten(0, x.shape[:-1])  # flash attention wants a contiguous last dimension
+        A, B = self.A[role].to(x.dtype), self.B[role].to(x.dtype)
+        # The sum and B's product in one kernel: each would else be another tensor of y's size.
+        down = F.linear(x, A).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), down, B.T, alpha=self.scale[role]).view_as(y)
 
 
-# ---------------------------------------------------------------- the policy: base model + adapters
+# ------------------------------------------------------------ the plain engine
+def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Sample by inverting the cumulative distribution; temperature 0 takes the likeliest.
 
-
-def load(model: str, bits: int = 4, device: str | None = None, **options) -> "Policy":
-    """Load a causal language model (Hugging Face id or local folder) with a chat template.
-
-    bits 4 is nf4 with double quantisation (Dettmers et al. 2023), bits 16 is the compute type: bf16 where the GPU has
-    it, fp16 where not, fp32 on the CPU. `options` go to Policy. Raises UserError with the mend.
+    logits (B, V), uniform draws (B,) in (0, 1] -> token ids (B,)
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.float32
-    if device.type == "cuda":
-        # Compute capability 8 has bf16 units; on older cards bf16 "works", by slow emulation.
-        dtype = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    quantisation = None
-    if bits == 4:
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    elif bits != 16:
-        raise UserError(f"--bits {bits}: only 4 (nf4) and 16 (no quantisation) exist")
-    try:
-        AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        base = AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=dtype,
-            quantization_config=quantisation,
-            device_map={"": device},
-            attn_implementation="packed_sdpa",
-            use_safetensors=True,  # never a pickle
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"--model {model}: cannot be loaded as a causal language model ({reason})") from error
-    if not tokenizer.chat_template:
-        raise UserError(f"--model {model}: its tokenizer has no chat template; take an instruction-tuned model")
-    return Policy(base, tokenizer, name=model, **options)
+    if temperature == 0:
+        return logits.argmax(-1)
+    upto = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    # subtle: scaled by the last sum, which rounding leaves a hair off 1.
+    target = uniform[:, None].double() * upto[:, -1:]
+    return torch.searchsorted(upto, target)[:, 0]
+
+
+class PlainEngine:
+    """Sampling and scoring as anybody would write them: one prompt, one sequence at a time."""
+
+    def __init__(self, model, eos: set[int]):
+        self.model, self.eos = model, eos
+
+    @torch.no_grad()
+    def sample(self, prompts: list, uniform: Tensor, temperature: float) -> list[list[list[int]]]:
+        """n completions of each prompt, as token ids; what is past an EOS is noise.
+
+        uniform (prompts, n, T): a draw in (0, 1] for each sample and position; T is the limit.
+        """
+        return [self._complete(p, u, temperature) for p, u in zip(prompts, uniform)]
+
+    def _complete(self, prompt: list[int], uniform: Tensor, temperature: float) -> list[list[int]]:
+        n, limit = uniform.shape
+        ids, draws = torch.tensor([prompt] * n, device=self.model.device), iter(uniform.T)
+
+        def choose(_, scores: Tensor) -> Tensor:
+            # (n, V), all but the picked token at -inf.
+            token = pick(scores.float(), next(draws).to(scores.device), temperature)
+            return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+
+        end = dict(eos_token_id=sorted(self.eos) or None, pad_token_id=min(self.eos, default=0))
+        how = transformers.GenerationConfig(max_new_tokens=limit, **end)
+        seen = torch.ones_like(ids)
+        given = dict(attention_mask=seen, generation_config=how, logits_processor=[choose])
+        return [row[len(prompt) :] for row in self.model.generate(ids, **given).tolist()]
+
+    def logprobs(self, pairs: list, temperature: float = 1.0) -> Iterator[tuple[list, list]]:
+        """log p(completion token | all before it) of (prompt ids, completion ids) pairs.
+
+        Yields (indices of pairs, their (len(completion),) tensors), a graph of its own each time:
+        call backward before you ask for the next, and no two of them are held at once.
+        """
+        for i, (prompt, completion) in enumerate(pairs):
+            ids = torch.tensor([prompt + completion], device=self.model.device)
+            how = dict(logits_to_keep=len(completion) + 1, use_cache=False)
+            # The logits at j are those of token j + 1: (T, V), without the last one's.
+            logits = self.model(ids, **how).logits[0, :-1]
+            logp = (logits.float() / temperature).log_softmax(-1)
+            yield [i], [logp.gather(1, ids[0, len(prompt) :, None])[:, 0]]
+
+    @torch.no_grad()
+    def next_probabilities(self, prompts: list, tokens: list[int]) -> Tensor:
+        """P(token | prompt) for the next token: (len(prompts), len(tokens)), fp32, on the CPU"""
+        rows = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=self.model.device)
+            logits = self.model(ids, logits_to_keep=1, use_cache=False).logits[0, -1]
+            rows.append(logits.float().softmax(-1)[tokens].cpu())
+        return torch.stack(rows) if rows else torch.empty(0, len(tokens))
+
+    def use_less_memory(self) -> bool:
+        """After an out-of-memory: give something up; False if there is nothing left to give."""
+        return False
+
+
+def decoder_layers(model) -> nn.ModuleList:
+    """The list of the decoder's layers, whatever the architecture calls it."""
+    lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(model).__name__} has no list of layers; this one is not supported")
+    return max(lists, key=len)
+
+
+def cut_at_eos(ids: list[int], eos: set[int]) -> list[int]:
+    """Everything up to the first EOS, that one included."""
+    end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
+    return ids[: end + 1]
+
+
+# ------------------------------------------------------------ text <-> ids
+class Chat:
+    """Messages to prompt ids and completions to text, by the tokenizer's own chat template."""
+
+    # Special tokens of some tokenizers that belong to an answer's form.
+    TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+    # Private-use characters, which no real text has, show where a content went.
+    SYSTEM, USER, DONE = (
+        {"role": role, "content": f"\ue000{role}\ue001"} for role in ("system", "user", "assistant")
+    )
+
+    def __init__(self, tokenizer, name: str, eos: set[int]):
+        self.tokenizer = tokenizer
+        # What a template that asks for the date is told; None: today.
+        self.today: date | None = None
+        special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.special = re.compile("|".join(map(re.escape, special.values())) or r"(?!)")
+        self.hidden = {i for i, text in special.items() if text not in self.TAGS}
+        # Templates raise, or lose text, unless they are given messages as they want them.
+        self.parts = False
+        self.parts = not self._keeps(self.USER)
+        if self.parts and not self._keeps(self.USER):
+            raise ModelError(f"--model {name}: its chat template loses the user's text")
+        self.merge_system = not self._keeps(self.SYSTEM, self.USER)
+        # What the template writes after an assistant's turn ends one, if it is a special token.
+        ended = self._try([self.USER, self.DONE], add_generation_prompt=False)
+        tail = ended.rpartition(self.DONE["content"])[2].strip()
+        self.eos = eos | (set(tokenizer.encode(tail, add_special_tokens=False)[:1]) & self.hidden)
+        self.verdict_tokens = [self._first_tokens(words) for words in (YES, NO)]
+
+    def _try(self, messages: list[dict], **how) -> str:
+        try:
+            return self.render(messages, **how)
+        except (TemplateError, TypeError, ValueError, KeyError):
+            return ""
+
+    def _keeps(self, *messages: dict) -> bool:
+        text = self._try(list(messages))
+        return all(text.count(m["content"]) == 1 for m in messages)
+
+    def _first_tokens(self, words: tuple[str, ...]) -> list[int]:
+        """The tokens of those words that are one token where an answer begins."""
+        prompt = self.encode([self.USER])
+        ids = [self.encode([self.USER, {"role": "assistant", "content": w}]) for w in words]
+        return sorted({i[-1] for i in ids if i[:-1] == prompt})
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """The prompt as text."""
+        if self.parts:
+            part = lambda text: [{"type": "text", "text": text}]
+            messages = [m | {"content": part(m["content"])} for m in messages]
+        # enable_thinking: Qwen3's switch, ignored elsewhere; our own format is in the prompt.
+        how = dict(add_generation_prompt=add_generation_prompt, enable_thinking=False)
+        if self.today:
+            how["strftime_now"] = self.today.strftime
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
+
+    def encode(self, messages: list[dict]) -> list[int]:
+        """Messages -> prompt ids. A last message of the assistant's is its answer's beginning.
+
+        Special tokens inside a content reach the model as plain text, never as control tokens.
+        """
+        opening, plain = "", dict(add_special_tokens=False)
+        if messages[-1]["role"] == "assistant":
+            messages, opening = messages[:-1], messages[-1]["content"]
+        if self.merge_system and messages[0]["role"] == "system":
+            system, first, *rest = messages
+            messages = [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
+        if not any(self.special.search(m["content"]) for m in messages):
+            # Prompt and opening as one string: some tokenizers put a space before a lone piece.
+            return self.tokenizer.encode(self._open(self.render(messages), opening), **plain)
+        marks = {f"\ue000{i}\ue001": m["content"] for i, m in enumerate(messages)}
+        text = self.render([m | {"content": mark} for m, mark in zip(messages, marks)])
+        text = self._open(text, opening)
+        ids = []
+        for part in re.split("(\ue000\\d+\ue001)", text):
+            given = part in marks
+            content = marks[part] if given else part
+            ids += self.tokenizer.encode(content, split_special_tokens=given, **plain)
+        return ids
+
+    @staticmethod
+    def _open(prompt: str, opening: str) -> str:
+        # Some templates open the thought themselves: <think> is then there already.
+        given = prompt.rstrip().endswith(opening) and opening.startswith("<")
+        return prompt if given else prompt + opening
+
+    def decode(self, completion: list[int]) -> str:
+        """Completion ids -> text, without special tokens other than an answer's tags."""
+        return self.tokenizer.decode([i for i in completion if i not in self.hidden])
+
+
+# ------------------------------------------------------------ the policy
+@dataclass
+class Sample:
+    """One completion, from its prompt to its advantage."""
+
+    prompt: list[int]
+    tokens: list[int]
+    # What the assistant's turn says, its given beginning included.
+    text: str
+    # By itself, with an EOS; if not, it was cut at the limit.
+    ended: bool
+    # What the roles make of the text (seif.py); the engine never looks.
+    question: Any = None
+    reason: str = ""
+    answer: str = ""
+    verdicts: list = field(default_factory=list)
+    # None: nothing is known of it, it is left out of its group.
+    reward: float | None = None
+    advantage: float = 0.0
+    # (T,) log-probabilities under the stage's start, and when sampled (None: as they are now).
+    reference: Tensor | None = field(default=None, repr=False)
+    old: Tensor | None = field(default=None, repr=False)
 
 
 class Policy:
-    """The base model with its adapters. `use(role)` picks the adapter that every later call computes with."""
+    """The base model with an adapter for each role; `using` picks the one that computes."""
 
-    def __init__(self, model, tokenizer, name="", rank=16, alpha=32, token_budget=2048, slots=0, activation_mib=0):
-        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        self.device, self.dtype = model.device, model.dtype
-        self.rank, self.alpha, self.token_budget, self.slots = rank, alpha, token_budget, slots
-        self.activation_mib = activation_mib
-        self.by_runs = (
-            self.device.type == "cpu"
-        )  # attention run by run; on a GPU one large kernel beats many small ones
-        self.role: str | None = None
+    def __init__(self, model, tokenizer, name: str, rank: int, alpha: float):
+        self.model, self.name, self.rank, self.alpha = model, name, rank, alpha
+        model.eval().requires_grad_(False)
+        ends = [model.generation_config.eos_token_id, tokenizer.eos_token_id]
+        ends = {i for end in ends for i in (end if isinstance(end, list) else [end])} - {None}
+        self.chat = Chat(tokenizer, name, ends)
+        # The checkpoint's own top_p, min_p, repetition_penalty must not reach our samples.
+        model.generation_config = transformers.GenerationConfig()
+        self.use: dict[str, str | None] = {"role": None}
         self.lora: dict[str, LoRALinear] = {}
-        self.model.config.use_cache = False
-        eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
-        self.eos = set(eos if isinstance(eos, list) else [eos]) - {None}
+        # Weights of the decoder's layers that LoRA leaves alone: name -> how many.
+        self.left_out: dict[str, int] = {}
         self._wrap()
-        if self.device.type == "cpu":
-            self._unpack()
-        added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self._special = re.compile("|".join(map(re.escape, added)) or r"(?!)")
-        self._no_system = not self._template_takes_system()
-        self._verdict_ids = [self._single_tokens(words) for words in (YES, NO)]
-        names = inspect.signature(model.base_model.forward).parameters
-        self.cache_argument = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
-        self._recomputed = 0  # how many of the last layers drop their activations, see _forward
-        for i, layer in enumerate(model.base_model.layers):
-            layer.forward = self._recomputing(layer.forward, len(model.base_model.layers) - i)
-        self.packs = self._can_pack()
+        self.engine = PlainEngine(model, self.chat.eos)
 
     def _wrap(self) -> None:
-        for name, module in list(self.model.named_modules()):
-            if name.rsplit(".", 1)[-1] in PROJECTIONS and hasattr(module, "in_features"):
-                # bitsandbytes would repack weights for a bf16-only CPU kernel at the first call without gradients:
-                # sampling and training would then disagree.
-                module.support_avx512bf16_for_cpu = False
-                parent, _, leaf = name.rpartition(".")
-                self.lora[name] = LoRALinear(module)
-                setattr(self.model.get_submodule(parent), leaf, self.lora[name])
-        if not self.lora:
-            raise UserError(f"--model {self.name}: has none of the layers {', '.join(PROJECTIONS)}")
+        """LoRA on every linear layer of the decoder's layers, but in mixtures of experts.
 
-    def _unpack(self) -> None:
-        """On the CPU bitsandbytes unpacks each weight at each call, 40 % of a sampling step: do it once, if it fits.
-
-        The values are the same to the bit.
+        subtle: peft would take an adapter of up_proj for the experts' 3-D weights of that name.
         """
-        packed = [layer for layer in self.lora.values() if getattr(layer.base.weight, "quant_state", None) is not None]
-        if packed and sum(m.base.in_features * m.base.out_features for m in packed) * 4 <= CPU_UNPACK_MIB * 2**20:
-            from bitsandbytes.functional import dequantize_4bit  # here, for it talks when imported
-
-            for layer in packed:
-                weight = layer.base.weight
-                layer.unpacked = dequantize_4bit(weight.data, weight.quant_state).to(self.dtype)
-
-    @torch.no_grad()
-    def _can_pack(self) -> bool:
-        """Packing is exact for plain causal attention only; anything else (windows, recurrence) goes row by row."""
-        config, sequences = (
-            self.model.config,
-            [[5, 6, 7, 8], [5, 6, 9, 8]],
-        )  # two branches, which must not see each other
-        exact = [self.model(torch.tensor([s], device=self.device)).logits[0].float() for s in sequences]
-        tolerance = 1e-2 if self.dtype == torch.float32 else 1.0
-
-        def agrees(rows) -> bool:
-            """Whether our forward over these rows gives the model's own logits."""
-            logits = ((row, self._head(self._forward(row))) for row in rows)
-            pairs = [(out[path], exact[i]) for row, out in logits for path, i in zip(row.paths, row.members)]
-            return all((ours - theirs).abs().max().item() < tolerance for ours, theirs in pairs)
-
-        if not agrees(one_by_one(sequences)):
-            raise UserError(
-                f"--model {self.name}: its logits are not its head's output alone; this architecture cannot be used"
-            )
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-        return not window and layers == {"full_attention"} and agrees(pack(sequences, MIN_BUDGET))
-
-    # ------------------------------------------------ adapters
-
-    @property
-    def roles(self) -> list[str]:
-        """Names of the adapters held."""
-        return list(next(iter(self.lora.values())).A)
-
-    def use(self, role: str | None) -> None:
-        """Compute with this role's adapter from now on; None is the base model itself."""
-        if role is not None and role not in self.roles:
-            raise KeyError(f"no adapter {role!r}; there are {self.roles}")
-        self.role = role
-        for layer in self.lora.values():
-            layer.role = role
+        layers = decoder_layers(self.model)
+        start = next(n for n, m in self.model.named_modules() if m is layers)
+        modules = list(layers.named_modules())
+        mixtures = set()
+        for name, module in modules:
+            stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+            if stacked and not isinstance(module, nn.Conv1d):
+                mixtures.add(name.rpartition(".")[0] + ".")
+                self.left_out[f"{start}.{name}"] = sum(p.numel() for p in stacked)
+        for name, module in modules:
+            if not isinstance(module, nn.Linear):
+                continue
+            # bitsandbytes would repack weights for a bf16 kernel of its own at the first call
+            # without gradients: sampling and training would then disagree.
+            module.support_avx512bf16_for_cpu = False
+            sizes = module.in_features, module.out_features
+            if name.startswith(tuple(mixtures)) or min(sizes) < self.rank:
+                self.left_out[f"{start}.{name}"] = math.prod(sizes)
+                continue
+            parent, _, leaf = name.rpartition(".")
+            layer = self.lora[f"{start}.{name}"] = LoRALinear(module, self.use)
+            setattr(layers.get_submodule(parent), leaf, layer)
+        if not self.lora:
+            raise ModelError(f"--model {self.name}: no linear layer of at least --rank {self.rank}")
 
     @contextmanager
     def using(self, role: str | None):
-        """`with policy.using(role):` restores the role before it."""
-        before = self.role
-        self.use(role)
+        """`with policy.using(role):` computes with its adapter; None is the base model itself."""
+        if role is not None and role not in next(iter(self.lora.values())).A:
+            raise KeyError(f"no adapter {role!r}")
+        before, self.use["role"] = self.use["role"], role
         try:
             yield self
         finally:
-            self.use(before)
+            self.use["role"] = before
 
-    def add(self, role: str, seed: int = 0, rank: int | None = None, alpha: float | None = None) -> None:
-        """A fresh adapter: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero, so that it starts as the base model."""
-        rank, alpha = rank or self.rank, alpha or self.alpha
+    def add(self, role: str, seed: int = 0, rank: int = 0) -> None:
+        """A fresh adapter as peft makes it: A uniform (Kaiming, a = sqrt 5), B zero."""
+        rank = rank or self.rank
         generator = torch.Generator().manual_seed(seed)
         for layer in self.lora.values():
             fan_in, fan_out = layer.base.in_features, layer.base.out_features
             a = (torch.rand(rank, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
-            layer.A[role] = nn.Parameter(a.to(self.device))
-            layer.B[role] = nn.Parameter(torch.zeros(fan_out, rank, device=self.device))
-            layer.scale[role] = alpha / rank
+            layer.A[role] = nn.Parameter(a.to(self.model.device))
+            layer.B[role] = nn.Parameter(torch.zeros(fan_out, rank, device=self.model.device))
+            layer.scale[role] = self.alpha / rank
 
     def tensors(self, role: str) -> dict[str, nn.Parameter]:
-        """The role's parameters under PEFT's names."""
+        """The role's parameters under peft's names."""
         named = {}
         for name, layer in self.lora.items():
             named[f"base_model.model.{name}.lora_A.weight"] = layer.A[role]
@@ -260,396 +351,246 @@ class Policy:
         return named
 
     def save(self, role: str, folder: str | Path) -> None:
-        """Write the adapter as PEFT does, so that peft, vLLM and lm-eval load it as it is."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        layer = next(iter(self.lora.values()))
-        rank = len(layer.A[role])
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.name,
-            "r": rank,
-            "lora_alpha": layer.scale[role] * rank,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "target_modules": sorted({name.rsplit(".", 1)[-1] for name in self.lora}),
-        }
+        """Write the adapter; with extras/adapters.py as peft does, for peft, vLLM and lm-eval."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors(role).items()}
-        replace_file(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-        replace_file(folder / "adapter_config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+        save_file(tensors, Path(folder) / "adapter_model.safetensors", {"format": "pt"})
+        adapters = extra("adapters")
+        if adapters:
+            adapters.write_config(self, role, Path(folder))
 
     def load_adapter(self, role: str, folder: str | Path) -> None:
-        """Read an adapter that `save` or peft wrote. Raises UserError if it does not fit this model."""
-        folder = Path(folder)
+        """Read an adapter, ours or peft's; ModelError if it computes something else than LoRA.
+
+        Layers that it leaves out keep B = 0.
+        """
+        adapters = extra("adapters")
         try:
-            config = json.loads((folder / "adapter_config.json").read_text())
-            tensors = load_file(folder / "adapter_model.safetensors")
-            self.add(role, rank=config["r"], alpha=config["lora_alpha"])
+            tensors = load_file(Path(folder) / "adapter_model.safetensors")
+            ranks = [len(t) for name, t in tensors.items() if name.endswith("lora_A.weight")]
+            self.add(role, rank=max(ranks, default=0))
             own = self.tensors(role)
-            if own.keys() != tensors.keys():
-                name = sorted(own.keys() ^ tensors.keys())[0]
-                raise ValueError(f"{name} is on one side only; all seven projections are needed, and nothing else")
-            for name, parameter in own.items():
-                parameter.data.copy_(tensors[name])
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder}: not a LoRA adapter of {self.name} ({error})") from error
+            if tensors.keys() - own.keys():
+                raise ValueError(f"no layer for {min(tensors.keys() - own.keys())}")
+            for name, tensor in tensors.items():
+                own[name].data.copy_(tensor)
+            scales = adapters.read_scales(self, Path(folder)) if adapters else {}
+            for name, scale in scales.items():
+                self.lora[name].scale[role] = scale
+        except FAULTS as error:
+            raise ModelError(f"{folder}: not a LoRA adapter of {self.name} ({error})") from error
 
-    # ------------------------------------------------ text and ids
+    def sample(self, messages: list, n: int, max_new_tokens: int, temperature=1.0) -> list[list]:
+        """n Samples of each list of chat messages, by the role in use; temperature 0 is greedy."""
+        prompts = [self.chat.encode(m) for m in messages]
+        # A draw for each sample and position: how many run side by side changes rounding alone.
+        uniform = 1 - torch.rand(len(prompts), n, max_new_tokens)
+        work = lambda: self.engine.sample(prompts, uniform, temperature) if prompts else []
+        groups = []
+        for turns, prompt, completions in zip(messages, prompts, self.with_memory(work)):
+            opening = turns[-1]["content"] if turns[-1]["role"] == "assistant" else ""
+            completions = [cut_at_eos(ids, self.chat.eos) for ids in completions]
+            texts = [opening + self.chat.decode(ids) for ids in completions]
+            ended = [ids[-1] in self.chat.eos for ids in completions]
+            groups.append([Sample(prompt, *one) for one in zip(completions, texts, ended)])
+        return groups
 
-    def _template_takes_system(self) -> bool:
-        try:
-            self._render([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
-            return True
-        except Exception:  # jinja2 raises its own type, which we would import for this line alone
-            return False
-
-    def _render(self, messages: list[dict]) -> str:
-        # enable_thinking: Qwen3's switch; templates without it ignore it. Our own think format is in the prompt.
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-
-    def _single_tokens(self, words: tuple[str, ...]) -> list[int]:
-        ids = (self.tokenizer.encode(word, add_special_tokens=False) for word in words)
-        return sorted({i[0] for i in ids if len(i) == 1})
-
-    def encode(self, messages: list[dict], opening: str = "") -> list[int]:
-        """Chat messages -> prompt ids, the assistant's turn begun with `opening`.
-
-        Special tokens inside a message's content reach the model as plain text, never as control tokens.
-        """
-        if self._no_system and messages[0]["role"] == "system":
-            first = messages[0]["content"] + "\n\n" + messages[1]["content"]
-            messages = [{"role": messages[1]["role"], "content": first}, *messages[2:]]
-        if not any(self._special.search(m["content"]) for m in messages):
-            ids = self.tokenizer.encode(self._render(messages), add_special_tokens=False)
-        else:
-            marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # private-use characters: in no real text
-            text = self._render([m | {"content": mark} for m, mark in zip(messages, marks)])
-            ids = []
-            for part in re.split("(\ue000\\d+\ue001)", text):
-                plain = part in marks
-                content = messages[marks.index(part)]["content"] if plain else part
-                ids += self.tokenizer.encode(content, add_special_tokens=False, split_special_tokens=plain)
-        return ids + self.encode_text(opening)
-
-    def encode_text(self, text: str) -> list[int]:
-        """Text to be appended to a prompt -> ids."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def decode(self, completion: list[int]) -> str:
-        """Completion ids -> text, without special tokens."""
-        return self.tokenizer.decode(completion, skip_special_tokens=True)
-
-    def ended(self, completion: list[int]) -> bool:
-        """Whether the model ended it by itself; if not, it was cut at the token limit."""
-        return bool(completion) and completion[-1] in self.eos
-
-    # ------------------------------------------------ forward passes
-
-    def _forward(self, row: Row, cache: RowCache | None = None) -> Tensor:
-        """A packed row -> hidden states (L, d)."""
-        self._recomputed = self._layers_to_recompute(len(row.tokens)) if torch.is_grad_enabled() else 0
-        ids, depth = (torch.from_numpy(x).to(self.device)[None] for x in (row.tokens, row.depth))
-        cached = {self.cache_argument: cache, "use_cache": cache is not None}
-        out = self.model.base_model(input_ids=ids, position_ids=depth, **cached, **self._masks(row))
-        return out.last_hidden_state[0]
-
-    def _masks(self, row: Row) -> dict:
-        """What tells the model's attention who sees whom: one mask, and on the CPU the runs, each with its own."""
-        if row.mask is None:
-            return {}
-        # Additive, in the model's type: given booleans, sdpa would convert and keep a copy of its own in each layer.
-        mask = torch.zeros(row.mask.shape, dtype=self.dtype, device=self.device)
-        mask = mask.masked_fill_(~torch.from_numpy(row.mask).to(self.device), -torch.inf)[None, None]
-        if not self.by_runs:
-            return {"attention_mask": mask}
-        runs, prefix = [], row.mask.shape[1] - row.mask.shape[0]
-        for start, end, before in row.runs:
-            columns = torch.from_numpy(np.concatenate([before, prefix + np.arange(start, end)]))
-            if int(columns[-1]) == len(columns) - 1:
-                columns = slice(0, len(columns))  # no copy needed
-            # Nothing before it: plain causal attention, which skips what a mask would hide.
-            runs.append((start, end, columns, mask[:, :, start:end, columns].contiguous() if len(before) else None))
-        return {"attention_mask": mask, "runs": runs}
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden).float()
-
-    def rows(self, sequences: list[list[int]], prefix: int = 0) -> Iterator[Row]:
-        """Sequences -> packed rows within the token budget, or one sequence a row where packing is not exact."""
-        return pack(sequences, self.token_budget, prefix) if self.packs else one_by_one(sequences)
-
-    @torch.no_grad()
-    def _prefill(self, prompts: list[list[int]]) -> Iterator[tuple[Row, RowCache, int, Tensor]]:
-        """What all prompts share is computed once, then row by row the rest: (row, cache, prefix length, hidden)."""
-        shared, cache = 0, None
-        if self.packs and len(prompts) > 1:
-            first, last = (np.asarray(f(prompts)) for f in (min, max))
-            shared = min(common_prefix(first, last), min(map(len, prompts)) - 1)
-        if shared:
-            cache = RowCache()
-            self._forward(next(pack([prompts[0][:shared]], self.token_budget)), cache)
-        for row in self.rows(prompts, shared):
-            own = RowCache(cache) if self.packs else None
-            yield row, own, shared, self._forward(row, own)
-
-    def row_logprobs(self, row: Row, pairs: list[tuple], temperature: float = 1.0) -> list[Tensor]:
-        """Log-probabilities of a packed row's completions, in the order of row.members."""
-        hidden = self._forward(row)
-        # The token at path position j predicts the one at j + 1: completions start at the prompt's last token.
-        spans = [slice(len(pairs[i][0]) - 1, len(pairs[i][0]) - 1 + len(pairs[i][1])) for i in row.members]
-        nodes = np.concatenate([path[span] for path, span in zip(row.paths, spans)])
-        targets = [t for i in row.members for t in pairs[i][1]]
-        head = self.model.get_output_embeddings()
-        flat = TokenLogProb.apply(
-            hidden[torch.from_numpy(nodes).to(self.device)],
-            head.weight,
-            getattr(head, "bias", None),
-            torch.tensor(targets, dtype=torch.long, device=self.device),
-            temperature,
-        )
-        return list(flat.split([len(pairs[i][1]) for i in row.members]))
-
-    def logprobs(self, pairs: list[tuple[list[int], list[int]]], temperature: float = 1.0) -> list[Tensor]:
-        """(prompt ids, completion ids) pairs -> per pair (len(completion),) log-probabilities, differentiable.
-
-        Memory grows with all rows when gradients are on; grpo_step therefore goes row by row.
-        """
-        out: list[Tensor] = [torch.empty(0)] * len(pairs)
-        for row in self.rows([p + c[:-1] for p, c in pairs]):
-            for i, values in zip(row.members, self.row_logprobs(row, pairs, temperature)):
-                out[i] = values
-        return out
-
-    @torch.no_grad()
-    def yes_probability(self, prompts: list[list[int]]) -> list[float]:
-        """One prefill a prompt, shared prefixes once: P(yes) / (P(yes) + P(no)) as next token.
+    def yes_probability(self, messages: list[list[dict]]) -> list[float]:
+        """P(yes) / (P(yes) + P(no)) as the answer's first token, by the role in use, one prefill.
 
         nan where the model is about to say neither: a missing verdict, which is not a "no".
         """
-        out = [math.nan] * len(prompts)
-        for row, _, _, hidden in self._prefill(prompts):
-            last = torch.tensor([int(path[-1]) for path in row.paths], device=self.device)
-            chunk = max(1, HEAD_CHUNK // self.model.config.vocab_size)
-            probs = [self._head(h).softmax(-1) for h in hidden[last].split(chunk)]
-            yes, no = (torch.cat([p[:, ids].sum(-1) for p in probs]).tolist() for ids in self._verdict_ids)
-            for i, y, n in zip(row.members, yes, no):
-                out[i] = y / (y + n) if y + n > MIN_VERDICT_MASS else math.nan
-        return out
+        prompts = [self.chat.encode(m) for m in messages]
+        yes, no = self.chat.verdict_tokens
+        probabilities = self.with_memory(lambda: self.engine.next_probabilities(prompts, yes + no))
+        p_yes, p_no = (p.sum(1) for p in probabilities.split([len(yes), len(no)], 1))
+        known = p_yes + p_no > MIN_VERDICT_MASS
+        return torch.where(known, p_yes / (p_yes + p_no), math.nan).tolist()
 
-    def _recomputing(self, forward, place: int):
-        """A layer's forward that keeps no activations when `place`, counted from the last layer, says so."""
-
-        def run(*args, **kwargs):
-            """Takes the layer's place."""
-            if place <= self._recomputed:
-                return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-            return forward(*args, **kwargs)
-
-        return run
-
-    def _layers_to_recompute(self, tokens: int) -> int:
-        """How many layers must drop their activations so that a row of so many tokens stays within the limit."""
-        config = self.model.config
-        limit = self.activation_mib or CPU_ACTIVATION_MIB
-        if self.device.type == "cuda" and not self.activation_mib:
-            limit = 0.5 * torch.cuda.mem_get_info(self.device)[0] / 2**20
-        # Kept per token and layer, in vectors of the hidden and of the inner size (counted on a Llama by saved-tensor hooks).
-        mib = tokens * (9 * config.hidden_size + 4 * config.intermediate_size) * self.dtype.itemsize / 2**20
-        layers = config.num_hidden_layers
-        return layers - min(layers, int(limit / mib))
-
-    # ------------------------------------------------ sampling
-
-    @torch.no_grad()
-    def generate(
-        self, prompts: list[list[int]], n: int, max_new_tokens: int | list[int], temperature: float = 1.0, on_done=None
-    ) -> list[list[list[int]]]:
-        """n samples per prompt, as token ids; an EOS that was sampled is kept. Temperature 0 is greedy.
-
-        max_new_tokens may be a list, a limit for each of the len(prompts) * n samples. Draws come from torch's global
-        generator, one per sample and position, so that only rounding depends on how many samples run side by side.
-        on_done() is called as each sample finishes.
-        """
-        total = len(prompts) * n
-        limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * total
-        if not total:
-            return []
-        trim()
-        if self.packs:
-            sampler = Sampler(self, prompts, n, limits, temperature)
-            while sampler.active:
-                for _ in range(sampler.look):
-                    sampler.step()
-                for _ in range(sampler.retire()):
-                    if on_done:
-                        on_done()
-            raw = sampler.out.tolist()
-        else:
-            raw = [ids for p in prompts for ids in self._generate_plain(p, n, max(limits), temperature, on_done)]
-        samples = [cut_at_eos(ids[:limit], self.eos) for ids, limit in zip(raw, limits)]
-        return [samples[i : i + n] for i in range(0, total, n)]
-
-    def _generate_plain(self, prompt, n, max_new_tokens, temperature, on_done) -> list[list[int]]:
-        """For models that cannot be packed: transformers' own sampler, one prompt at a time."""
-        ids = torch.tensor([prompt] * n, device=self.device)
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            use_cache=True,
-            pad_token_id=min(self.eos, default=0),
-            **(how or {"do_sample": False}),
-        )
-        for _ in range(n if on_done else 0):
-            on_done()
-        return [row[len(prompt) :] for row in out.tolist()]
+    def with_memory(self, work: Callable):
+        """work(), again with less memory each time that the GPU runs out of it."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                if not self.engine.use_less_memory():
+                    mend = "a smaller --model, a lower --max-new-tokens or --batch, shorter seeds"
+                    raise ModelError(f"out of GPU memory ({error}); take {mend}") from error
+            # Here, since the exception held what the failed attempt had allocated.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
-# ---------------------------------------------------------------- GRPO
+def load(model: str, bits=4, device=None, rank=16, alpha=32.0, engine="packed", **limits) -> Policy:
+    """Load a causal language model (Hugging Face id or local folder) with a chat template.
+
+    bits 4 is nf4 with double quantisation (Dettmers et al. 2023), 16 is the compute type: bf16
+    where the GPU has it, fp16 where not, fp32 on the CPU. `limits` (token_budget, slots,
+    activation_mib) go to the packed engine. Raises ModelError with the mend.
+    """
+    cpu, packing = (extra(name) for name in ("cpu", "packing"))
+    if (Path(model) / "adapter_config.json").exists():
+        mend = "give its base model, and this folder as --init-follower"
+        raise ModelError(f"--model {model}: a LoRA adapter; {mend}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.float32
+    if device.type == "cuda":
+        # Compute capability 8 has bf16 units; older cards emulate it, slowly.
+        new = torch.cuda.get_device_capability(device)[0] >= 8
+        dtype = torch.bfloat16 if new else torch.float16
+    how = dict(dtype=dtype, device_map={"": device}, use_safetensors=True)  # never a pickle
+    if bits == 4:
+        nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        nf4 |= dict(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+        how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        auto = transformers.AutoModelForCausalLM
+        base, about = auto.from_pretrained(model, output_loading_info=True, **how)
+    except (*FAULTS, ImportError, AttributeError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        text = f"--model {model}: cannot be loaded as a causal language model ({reason})"
+        raise ModelError(text) from error
+    if not tokenizer.chat_template:
+        raise ModelError(f"--model {model}: no chat template; take an instruction-tuned model")
+    if about["missing_keys"]:
+        name = sorted(about["missing_keys"])[0]
+        raise ModelError(f"--model {model}: its files lack {name}, which would stay random")
+    if cpu and device.type == "cpu":
+        cpu.unpack(base)
+    policy = Policy(base, tokenizer, model, rank, alpha)
+    if policy.left_out:
+        adapted = sum(m.base.in_features * m.base.out_features for m in policy.lora.values())
+        share = 1 - adapted / (adapted + sum(policy.left_out.values()))
+        first = next(iter(policy.left_out))
+        print(f"  no LoRA on {share:.0%} of the layers' weights: {first} and others")
+    if packing and engine == "packed":
+        layers, eos = decoder_layers(base), policy.chat.eos
+        policy.engine = packing.PackedEngine.of(base, layers, eos, **limits) or policy.engine
+    return policy
 
 
-@dataclass
-class Episode:
-    """One sampled completion and what became of it."""
-
-    prompt: list[int]
-    completion: list[int]
-    group: int  # episodes of one prompt share it
-    reward: float | None  # None: no verdict could be had, the episode is left out of its group
-    advantage: float = 0.0
-    old: Tensor | None = field(default=None, repr=False)  # log-probs at sampling time; None: this is the only update
+def extra(name: str):
+    """extras/<name>.py, or None where extras/ has been deleted."""
+    try:
+        return __import__(f"extras.{name}", fromlist=[name])
+    except ModuleNotFoundError as error:
+        if error.name not in ("extras", f"extras.{name}"):
+            raise
+        return None
 
 
+# ------------------------------------------------------------ GRPO
 def advantages(rewards: list[float]) -> list[float]:
-    """Group-relative advantages (R - mean) / (std + 1e-6), population std; all zero where the rewards tie."""
+    """(R - mean) / (std + 1e-6) within a group, population std; all zero where rewards tie."""
     r = np.asarray(rewards, dtype=np.float64)
     if len(r) == 0 or np.ptp(r) < 1e-9:
         return [0.0] * len(r)
     return ((r - r.mean()) / (r.std() + 1e-6)).tolist()
 
 
-def set_advantages(episodes: list[Episode]) -> list[Episode]:
-    """Fill in the advantages group by group; returns the episodes that carry a gradient (groups that do not tie)."""
-    groups: dict[int, list[Episode]] = {}
-    for episode in episodes:
-        if episode.reward is not None:
-            groups.setdefault(episode.group, []).append(episode)
+def with_advantages(groups: list[list[Sample]]) -> list[list[Sample]]:
+    """The groups that carry a gradient: samples without a reward left out, tied groups dropped."""
     kept = []
-    for group in groups.values():
-        values = advantages([e.reward for e in group])
-        for episode, value in zip(group, values):
-            episode.advantage = value
-        kept += group if any(values) else []
+    for group in groups:
+        known = [s for s in group if s.reward is not None]
+        values = advantages([s.reward for s in known])
+        for sample, value in zip(known, values):
+            sample.advantage = value
+        if any(values):
+            kept.append(known)
     return kept
 
 
 def k3(logp: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) per token (Shao et al. 2024, equation 4):
-    exp(d) - d - 1 with d = log reference - log policy."""
-    d = (reference - logp).clamp(-10, 10)  # one token's accident must not become e^50
+    """Schulman's k3 estimate of KL(policy || reference) per token (Shao et al. 2024, equation 4).
+
+    exp(d) - d - 1 with d = reference - logp
+    """
+    # Clamped: one token's accident must not become e^50.
+    d = (reference - logp).clamp(-10, 10)
     return d.exp() - d - 1
 
 
-def token_loss(logp, old, reference, advantage, clip_low, clip_high, kl_coef) -> tuple[Tensor, Tensor, Tensor]:
-    """GRPO's loss per token (Shao et al. 2024, equation 3, with separate clips): (loss, kl, clipped), each (T,).
+def token_loss(logp, old, reference, advantage, kl_weight) -> tuple[Tensor, Tensor, Tensor]:
+    """GRPO's loss per token (Shao et al. 2024, equation 3): (loss, kl, clipped), each (T,).
 
-    With one update per rollout `old` is `logp` itself, detached: the ratio is 1 and its gradient the policy gradient,
-    so the loss prints as about 0 while the model learns; watch the gradient norm instead.
+    With one update per rollout `old` is `logp` itself, detached: the ratio is 1, its gradient the
+    policy gradient, and the loss prints as about 0 while the model learns. Watch the gradient norm.
     """
     ratio = (logp - old).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
     kl = k3(logp, reference)
-    return kl_coef * kl - gain, kl.detach(), (clipped * advantage < ratio * advantage).detach()
+    return kl_weight * kl - gain, kl.detach(), (clipped * advantage < ratio * advantage).detach()
 
 
-def _backward(policy: Policy, role: str, reference: str | None, episodes: list[Episode], cfg) -> dict[str, float]:
-    """Accumulate the gradient of the summed token loss, one packed row at a time. Returns sums over tokens."""
-    pairs = [(e.prompt, e.completion) for e in episodes]
-    sums = {"loss": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0}
-    for row in policy.rows([p + c[:-1] for p, c in pairs]):
-        members = [episodes[i] for i in row.members]
-        with torch.no_grad(), policy.using(reference):
-            ref = torch.cat(policy.row_logprobs(row, pairs, cfg.temperature)) if cfg.kl else None
-        # The backward pass may recompute layers: the role must stay in use until it is done.
-        with policy.using(role):
-            logp = torch.cat(policy.row_logprobs(row, pairs, cfg.temperature))
-            old = logp.detach() if members[0].old is None else torch.cat([e.old for e in members])
-            advantage = torch.cat([torch.full((len(e.completion),), e.advantage) for e in members]).to(logp.device)
-            ref = logp.detach() if ref is None else ref
-            loss, kl, clipped = token_loss(logp, old, ref, advantage, cfg.clip_low, cfg.clip_high, cfg.kl)
-            loss.sum().backward()
-        for name, values in (("loss", loss), ("kl", kl), ("clipped", clipped), ("entropy", -logp)):
-            sums[name] += values.detach().float().sum().item()
-    return sums
+def grpo_step(policy: Policy, role: str, reference: str | None, groups, optimizer, cfg) -> dict:
+    """Update `role` on one rollout, groups of rewarded samples; `reference` is what KL holds it to.
 
-
-def _gradient(policy, role, reference, episodes, cfg, parameters) -> dict[str, float]:
-    """_backward, again with half the token budget whenever the GPU runs out of memory."""
-    while True:
-        for parameter in parameters:
-            parameter.grad = None
-        try:
-            return _backward(policy, role, reference, episodes, cfg)
-        except torch.OutOfMemoryError as error:
-            longest = max(len(e.prompt) + len(e.completion) for e in episodes)
-            if policy.token_budget <= MIN_BUDGET:
-                raise UserError(
-                    f"out of GPU memory on one sequence of {longest} tokens: take a smaller --model, "
-                    "a lower --max-new-tokens, or shorter seeds"
-                ) from error
-            policy.token_budget = max(MIN_BUDGET, min(policy.token_budget, 2 * longest) // 2)
-        if policy.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def grpo_step(policy: Policy, role: str, reference: str | None, episodes: list[Episode], optimizer, cfg) -> dict:
-    """Update `role` on the episodes of one rollout; `reference` is the adapter that the KL term holds it to.
-
-    cfg has temperature, updates, clip_low, clip_high, kl, grad_clip. Episodes without a reward and groups whose
-    rewards tie are dropped before any forward pass. The loss is the mean over all completion tokens of the update.
-    With cfg.updates > 1 the groups are split into that many minibatches, one optimiser step each, and the old
-    log-probabilities are computed first, by the code that computes the new ones: the sampler's do not match to the
-    last digit, since bitsandbytes picks its kernel by the number of rows.
-    Returns the step's metrics; "skipped" counts updates that a non-finite gradient voided.
+    cfg has temperature, updates and kl. The loss is the mean over all tokens of an update. With
+    cfg.updates > 1 the groups are split into that many minibatches, an optimiser step each, and
+    the old log-probabilities are computed first, by the code that computes the new ones: the
+    sampler's differ in the last digits. Returns metrics; "skipped" counts updates that a
+    non-finite gradient voided.
     """
-    trim()
-    kept = set_advantages(episodes)
-    groups = sorted({e.group for e in kept})
-    total = len({e.group for e in episodes})
-    metrics = {"tied": 1 - len(groups) / total if total else 0.0, "updates": 0, "skipped": 0}
+    kept = with_advantages(groups)
+    metrics = {"tied": 1 - len(kept) / max(1, len(groups)), "updates": 0, "skipped": 0}
     if not kept:
         return metrics
-    updates = min(cfg.updates, len(groups))
+    updates = min(cfg.updates, len(kept))
+    everyone = [s for group in kept for s in group]
+    if cfg.kl:
+        policy.with_memory(lambda: score(policy, reference, everyone, "reference", cfg.temperature))
     if updates > 1:
-        with torch.no_grad(), policy.using(role):
-            olds = policy.logprobs([(e.prompt, e.completion) for e in kept], cfg.temperature)
-        for episode, old in zip(kept, olds):
-            episode.old = old
+        policy.with_memory(lambda: score(policy, role, everyone, "old", cfg.temperature))
     parameters = list(policy.tensors(role).values())
-    sums, tokens, norms = {}, 0, []
+    sums, norms = dict.fromkeys(("loss", "kl", "clipped", "entropy"), 0.0), []
     for k in range(updates):
-        batch = [e for e in kept if e.group in groups[k::updates]]
-        size = sum(len(e.completion) for e in batch)
-        parts = _gradient(policy, role, reference, batch, cfg, parameters)
+        samples = [s for group in kept[k::updates] for s in group]
+        parts = policy.with_memory(lambda s=samples: backward(policy, role, s, parameters, cfg))
+        size = sum(len(s.tokens) for s in samples)
         # Divided here and not in the loss: a sum keeps fp16 gradients clear of underflow.
         for parameter in parameters:
             parameter.grad /= size
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip).item()
+        norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).item()
         if math.isfinite(norm):
-            optimizer.step()
-            metrics["updates"] += 1
+            policy.with_memory(optimizer.step)
             norms.append(norm)
-        else:
-            metrics["skipped"] += 1
-        tokens += size
-        sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
         optimizer.zero_grad(set_to_none=True)
+        sums = {name: value + parts[name] for name, value in sums.items()}
+    tokens = sum(len(s.tokens) for s in everyone)
+    metrics |= {"updates": len(norms), "skipped": updates - len(norms), "tokens_trained": tokens}
     metrics |= {name: value / tokens for name, value in sums.items()}
-    return metrics | {"tokens_trained": tokens, "grad_norm": sum(norms) / len(norms) if norms else math.nan}
+    return metrics | {"grad_norm": sum(norms) / len(norms) if norms else math.nan}
+
+
+@torch.no_grad()
+def score(policy: Policy, role: str | None, samples, field: str, temperature: float) -> None:
+    """Fill a field of the samples with their log-probabilities under `role`."""
+    pairs = [(s.prompt, s.tokens) for s in samples]
+    with policy.using(role):
+        for members, values in policy.engine.logprobs(pairs, temperature):
+            for i, logp in zip(members, values):
+                setattr(samples[i], field, logp)
+
+
+def backward(policy: Policy, role: str, samples, parameters, cfg) -> dict[str, float]:
+    """The gradient of the summed token loss, a graph at a time. Returns sums over tokens."""
+    for parameter in parameters:
+        parameter.grad = None
+    pairs = [(s.prompt, s.tokens) for s in samples]
+    sums = dict.fromkeys(("loss", "kl", "clipped", "entropy"), 0.0)
+    # subtle: the backward pass may recompute layers, so the role stays in use until it is done.
+    with policy.using(role):
+        for members, values in policy.engine.logprobs(pairs, cfg.temperature):
+            batch, logp = [samples[i] for i in members], torch.cat(values)
+            now = logp.detach()
+            old = now if batch[0].old is None else torch.cat([s.old for s in batch])
+            reference = torch.cat([s.reference for s in batch]) if cfg.kl else now
+            spread = [torch.full_like(v, s.advantage) for s, v in zip(batch, values)]
+            loss, kl, clipped = token_loss(logp, old, reference, torch.cat(spread), cfg.kl)
+            loss.sum().backward()
+            for name, value in zip(sums, (loss, kl, clipped, -now)):
+                sums[name] += value.detach().float().sum().item()
+    return sums

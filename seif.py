@@ -1,52 +1,54 @@
-"""seif.py: self-evolving reinforcement learning for instruction following, on one GPU (SEIF, arXiv 2605.07465).
+"""seif.py: self-evolving reinforcement learning for instruction following (arXiv 2605.07465).
 
-    python seif.py                      train; the same command again goes on where it stopped
-    python seif.py eval RUN             strict and loose accuracy of the trained Follower (IFEval's JSONL format)
-    python seif.py chat RUN             talk to it; --base for the model it started from
-    python seif.py plot RUN             one picture of the run (matplotlib)
-    python seif.py --help               every setting, with its default and its reason
+    python seif.py                 train; the same command again goes on where it stopped
+    python seif.py eval RUN        strict and loose accuracy of the trained Follower
+    python seif.py chat RUN        talk to it; --base for the model it started from
+    python seif.py plot RUN        one picture of the run
+    python seif.py --help          every setting, with its default and its reason
 
-One turn T: the Instructor is trained to write constraints that today's Follower fails (1 - r); it
-then writes the questions q_T; the Follower is trained to satisfy them (r). The Filter and the Judger are the Follower
-as it stood when the turn began, frozen. All four are LoRA adapters on one quantised base model, swapped by name.
+One turn: the Instructor is trained to write constraints that today's Follower fails (reward 1 - r);
+it writes the questions q_T; the Follower is trained to satisfy them (reward r). The Filter and the
+Judger are the Follower as it stood when the turn began. All are LoRA adapters on one quantised base
+model. `train` is the loop; read on in judge.py (verdicts, rewards) and rl.py (the engine).
 
-Left out: vLLM servers, several GPUs, a teacher, labels, merged checkpoints. Read on in judge.py (verdicts, rewards) and
-rl.py (the engine); config.py is the table of settings. A run is a list of units, each a training step, a set of
-questions or an evaluation; every unit seeds its own random numbers, so that a resumed run repeats exactly what an
-uninterrupted one would have done.
+A run is a row of units, each a training step, a set of questions or an evaluation; each seeds its
+own random numbers, so that a resumed run repeats what an uninterrupted one would have done.
 """
 
+import argparse
 import dataclasses
-import fcntl
+import difflib
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 import random
-import resource
+import re
 import signal
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
+import filelock
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import judge
-import report
 import rl
-from config import MAY_CHANGE, Config, flag, load_policy, print_config, read_config, steps_of
-from data import UserError, read_ifeval, read_jsonl, read_seeds, refuse_pickles, replace_file, write_jsonl
-from evaluate import command_chat, command_eval, evaluate
-from judge import Question
-from rl import Episode, Policy
+from judge import FILTERS, JUDGES, REWARDS
+from prompts import messages
+from prompts.messages import InputError, Question
+from rl import Policy, Sample
 
 # Their progress bars and notes drown ours; warnings that matter come back as exceptions.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -54,145 +56,325 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# ---------------------------------------------------------------- the run
+QWEN, EMBEDDED = "Qwen/Qwen2.5-1.5B-Instruct", "SmolLM2-135M-Instruct"
+SEEDS, HELDOUT = (str(messages.PROMPTS / f"{name}.jsonl") for name in ("seeds", "heldout"))
+FILTER = "llm: code, then the model; rules: code, and hard constraints that no rule knows go"
+JUDGE = "hybrid: rules where they decide, else the model; llm: the model alone, the paper's way"
+REWARD = "the Instructor's; hardest: 1 - r, the paper's; frontier: most where half succeed"
+# Attempts per seed at a question that the Filter accepts, and their temperature (the paper's).
+RETRIES, QUESTION_TEMPERATURE = 3, 0.7
+# Verdicts whose truth rules know that the Judger is tried on at the start of a turn, at most.
+QUALIFYING = 128
+# A state is saved at the end of every stage, and when so many seconds have passed.
+SAVE_SECONDS = 60
+# Steps in a row without a finite gradient: then the run is not coming back by itself.
+MOST_VOIDED = 5
 
 
-LOGS = ("log.jsonl", "samples.jsonl")
+# ------------------------------------------------------------ settings
+def row(default, reason: str, **more):
+    """A setting: its default and its reason, which is also its --help.
+
+    small: without a GPU, on the embedded model; paper: under --paper; choices; least: the smallest
+    allowed, if that is not 0; may_change: when a run is resumed.
+    """
+    return dataclasses.field(default=default, metadata={"reason": reason, **more})
 
 
-class Run:
-    """A run folder and what is in memory of it: adapters, optimisers, and how many units are done."""
+@dataclass
+class Config:
+    """Every row is a flag of the same name."""
 
-    def __init__(self, cfg: Config, policy: Policy, seeds: list[str]):
-        self.cfg, self.policy, self.folder, self.done = cfg, policy, Path(cfg.out), 0
-        self.seeds = [s for s in seeds if self._fits(s)]
-        self.skipped = len(seeds) - len(self.seeds)
-        if not self.seeds:
-            raise UserError(f"{cfg.seeds}: all {len(seeds)} seeds exceed --max-prompt-tokens {cfg.max_prompt_tokens}")
-        context = getattr(policy.model.config, "max_position_embeddings", math.inf)
-        if cfg.max_prompt_tokens + cfg.max_new_tokens > context:
-            raise UserError(
-                f"--max-prompt-tokens {cfg.max_prompt_tokens} and --max-new-tokens {cfg.max_new_tokens} together exceed "
-                f"the {context} tokens of context that {cfg.model} has"
-            )
-        self.optimizers = {}
-        for role in ("instructor", "follower"):
-            self._start(role, role)
-            parameters = list(policy.tensors(role).values())
-            self.optimizers[role] = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
-        self.heldout = read_ifeval(cfg.heldout)
-        self.heldout = self.heldout[: cfg.eval_rows or None]
-
-    def _start(self, name: str, role: str) -> None:
-        """An adapter as `role` is when the run begins."""
-        if role == "follower" and self.cfg.init_follower:
-            self.policy.load_adapter(name, self.cfg.init_follower)
-        else:
-            self.policy.add(name, seed=self.cfg.seed * 2 + (role == "follower"))
-
-    def _fits(self, seed: str) -> bool:
-        limit = self.cfg.max_prompt_tokens
-        # The constraints come on top: a quarter of the limit is kept for them.
-        return len(judge.follower_prompt(self.policy, seed, self.cfg.think)) <= limit * 3 // 4
-
-    def draw(self, turn: int, stage: str, step: int) -> random.Random:
-        """Seed every random number of one unit, torch's and the returned ones."""
-        text = f"{self.cfg.seed}/{turn}/{stage}/{step}"
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        torch.manual_seed(number)
-        return random.Random(number)
-
-    def questions(self, turn: int) -> list[Question]:
-        """q_T as written."""
-        return judge.read_questions(self.folder / f"turn{turn}" / "questions.jsonl")
-
-    def log(self, name: str, row: dict) -> None:
-        """Append one JSON line to log.jsonl or samples.jsonl."""
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def begin_turn(self, turn: int) -> None:
-        """The adapters that stay frozen all turn: the evaluator, and the Instructor's KL reference."""
-        for role, frozen in (("follower", "evaluator"), ("instructor", "reference")):
-            if turn > 1:
-                self.policy.load_adapter(frozen, self.folder / f"turn{turn - 1}" / role)
-            else:
-                self._start(frozen, role)
-            for parameter in self.policy.tensors(frozen).values():
-                parameter.requires_grad_(False)
-
-    def save(self, units: int) -> None:
-        """Replace the state: trained adapters, optimiser moments, units done, and the sizes of the logs by then."""
-        tensors = {}
-        for role, optimizer in self.optimizers.items():
-            for name, parameter in self.policy.tensors(role).items():
-                tensors[f"{role}/{name}"] = parameter.detach().cpu().contiguous()
-                for moment, value in optimizer.state.get(parameter, {}).items():
-                    tensors[f"{role}/{name}/{moment}"] = value.detach().cpu().contiguous()
-        sizes = {}
-        for name in LOGS:
-            with open(self.folder / name, "ab") as file:
-                os.fsync(file.fileno())  # on the disk before the state that counts on it
-                sizes[name] = file.tell()
-        about = {"units": str(units), "sizes": json.dumps(sizes)}
-        replace_file(self.folder / "state.safetensors", lambda path: save_file(tensors, path, about))
-
-    def resume(self) -> None:
-        """Take up the saved state if there is one, and cut off what the logs hold beyond it."""
-        path, sizes = self.folder / "state.safetensors", dict.fromkeys(LOGS, 0)
-        if path.exists():
-            try:
-                with safe_open(path, "pt") as file:
-                    self.done = int(file.metadata()["units"])
-                    sizes |= json.loads(file.metadata()["sizes"])
-                    saved = {name: file.get_tensor(name) for name in file.keys()}
-                for role, optimizer in self.optimizers.items():
-                    for name, parameter in self.policy.tensors(role).items():
-                        parameter.data.copy_(saved[f"{role}/{name}"])
-                        moments = {k: saved.get(f"{role}/{name}/{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
-                        if moments["step"] is not None:
-                            on_device = {k: v.to(parameter.device) for k, v in moments.items() if k != "step"}
-                            optimizer.state[parameter] = {"step": moments["step"], **on_device}
-            except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-                raise UserError(
-                    f"{path}: not a state that this run can go on from ({error}); take it out to begin again"
-                ) from error
-        for name in LOGS:
-            with open(self.folder / name, "ab") as file:
-                if file.tell() < sizes[name]:
-                    raise UserError(
-                        f"{self.folder / name}: shorter than when the state was saved; put the whole file back, "
-                        f"or take out {path.name} to begin again"
-                    )
-                file.truncate(sizes[name])
+    out: str = row("runs/seif", "run folder", may_change=True)
+    model: str = row(QWEN, "Hugging Face id or folder of a chat model", small=EMBEDDED)
+    bits: int = row(4, "4: nf4, double quantisation; 16: none", choices=(4, 16))
+    engine: str = row("packed", "plain is slower, and all there is to read", choices=rl.ENGINES)
+    seeds: str = row(SEEDS, "seed questions: JSON lines, or text, one a line")
+    heldout: str = row(HELDOUT, "rows in IFEval's format, measured each turn")
+    seed: int = row(0, "random seed")
+    init_follower: str = row("", "LoRA adapter, ours or peft's, that the Follower starts from")
+    # The schedule. Steps per turn: 4,2 is 4 in turn 1 and 2 in all later ones.
+    turns: int = row(3, "turns; the paper's number", small=2, least=1, may_change=True)
+    batch: int = row(16, "prompts per training step", small=4, least=1)
+    group: int = row(5, "samples per prompt", small=8, paper=5, least=1)
+    instructor_steps: str = row("", "steps per turn, e.g. 4,2; empty: one epoch", small="3,2")
+    follower_steps: str = row("", "empty: 3, 1, 1 epochs, the paper's finding", small="7,5")
+    questions: int = row(0, "questions in q_T; 0: one per seed", small=24)
+    # The roles.
+    hard_share: float = row(0.5, "of machine-checkable questions", small=1.0, paper=0.5)
+    shots: int = row(2, "worked examples for the Instructor; small models need 4", small=4)
+    think: bool = row(False, "require <think>..</think><answer>..</answer>", paper=True)
+    filter: str = row("llm", FILTER, small="rules", paper="llm", choices=FILTERS)
+    min_words: int = row(0, "the Filter rejects what allows fewer words", small=20, paper=0)
+    trust_judger: bool = row(False, "draw soft questions even if the Judger cannot tell")
+    judge: str = row("hybrid", JUDGE, paper="llm", choices=JUDGES)
+    reward: str = row("hardest", REWARD, paper="hardest", choices=REWARDS)
+    # GRPO.
+    temperature: float = row(1.0, "of the Follower's rollouts", small=0.7, paper=1.0)
+    instructor_temperature: float = row(1.0, "of the Instructor's", small=0.5, paper=1.0)
+    lr: float = row(2e-5, "LoRA wants more than the paper's 1e-6", small=5e-4)
+    kl: float = row(0.01, "weight of the k3 KL to the stage's start", small=0.02, paper=0.01)
+    updates: int = row(4, "optimiser steps per rollout batch", small=1, paper=4, least=1)
+    rank: int = row(16, "of LoRA; alpha is twice as much", least=1)
+    # Limits.
+    max_new_tokens: int = row(1024, "an answer's; one that reaches it scores 0", small=96, least=1)
+    instructor_tokens: int = row(512, "a proposal's", small=96, least=1)
+    max_prompt_tokens: int = row(1024, "longer seeds are skipped and counted, never cut", least=1)
+    eval_rows: int = row(0, "held-out rows and questions measured per turn; 0: all", small=40)
+    token_budget: int = row(2048, "distinct tokens a packed row: memory", least=1, may_change=True)
 
 
-def open_folder(cfg: Config):
-    """Create the run folder or check that it belongs to the same settings. Returns the lock that keeps others out."""
-    folder = Path(cfg.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
+# What --quick takes of the small preset.
+QUICK = ("turns", "batch", "instructor_steps", "follower_steps", "questions", "eval_rows")
+ROWS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def flag(name: str) -> str:
+    """max_new_tokens -> --max-new-tokens"""
+    return "--" + name.replace("_", "-")
+
+
+def read_config(argv: list[str]) -> Config:
+    """Flags over --paper over the small preset over the defaults."""
+    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser("seif.py", description=__doc__, **how)
+    for name, field in ROWS.items():
+        about = field.metadata
+        small = f", small {about['small']!r}" if "small" in about else ""
+        text = f"{about['reason']} [{field.default!r}{small}]".replace("%", "%%")
+        kind = {"type": field.type, "choices": about.get("choices")}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **kind)
+    parser.add_argument("--paper", action="store_true", help="the paper's roles, rewards, GRPO")
+    parser.add_argument("--quick", action="store_true", help="the small schedule, any model")
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        near = difflib.get_close_matches(word, [flag(n) for n in (*ROWS, "paper", "quick")], 1)
+        raise InputError(f"{word}: no such setting; {f'{near[0]}?' if near else 'see --help'}")
+    given = vars(given)
+    preset = lambda name: {k: f.metadata[name] for k, f in ROWS.items() if name in f.metadata}
+    small, values = preset("small"), preset("paper") if given.pop("paper") else {}
+    if given.pop("quick"):
+        values |= {name: small[name] for name in QUICK}
+    if not torch.cuda.is_available() and "model" not in given:
+        values = small | values
+    cfg = Config(**values | given)
+    for name, field in ROWS.items():
+        value, least = getattr(cfg, name), field.metadata.get("least", 0)
+        if isinstance(value, (int, float)) and value < least:
+            raise InputError(f"{flag(name)} {value}: must be at least {least}")
+    bank = min(len(messages.instructor_examples(kind)) for kind in messages.KINDS)
+    if not 0 <= cfg.shots <= bank:
+        raise InputError(f"--shots {cfg.shots}: there are {bank} worked examples to show")
+    if cfg.hard_share > 1:
+        raise InputError(f"--hard-share {cfg.hard_share}: a share is at most 1")
+    for name in ("instructor_steps", "follower_steps"):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another run is writing here; give another --out, or stop that one") from error
-        own = dataclasses.asdict(cfg)
-        path = folder / "config.json"
-        if path.exists():
-            old = dict(json.loads(path.read_text(encoding="utf-8")))
-            differ = [k for k in own if k not in MAY_CHANGE and old.get(k, own[k]) != own[k]]
-            if differ:
-                k = differ[0]
-                raise UserError(
-                    f"{path}: this run was made with {flag(k)} {old[k]}, not {own[k]}"
-                    f"{' (and more)' * (len(differ) > 1)}; give another --out, or the same settings to go on"
-                )
-        replace_file(path, lambda part: part.write_text(json.dumps(own, indent=2)))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: cannot be used as run folder ({error})") from error
-    refuse_pickles(folder)
-    return lock
+            step_counts(getattr(cfg, name))
+        except ValueError as error:
+            raise InputError(f"{flag(name)} {getattr(cfg, name)}: {error}") from error
+    return cfg
+
+
+def step_counts(text: str) -> list[int]:
+    """A setting such as 4,2 -> [4, 2], one for each turn; ValueError if it is not so."""
+    if text and not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError("must be whole numbers, as 4,2")
+    return [int(part) for part in text.split(",") if part]
+
+
+def load_policy(cfg: Config) -> Policy:
+    """The base model, without adapters."""
+    path = cfg.model
+    if path == EMBEDDED:
+        smollm2 = rl.extra("smollm2")
+        if smollm2 is None:
+            raise InputError("the embedded model comes with extras/: give --model FOLDER")
+        path = str(smollm2.folder())
+    how = dict(rank=cfg.rank, alpha=2 * cfg.rank, engine=cfg.engine, token_budget=cfg.token_budget)
+    return rl.load(path, cfg.bits, **how)
+
+
+# ------------------------------------------------------------ the loop
+def train(cfg: Config) -> None:
+    """Self-evolution. What is done already is skipped; every unit is logged, and saved when due."""
+    with locked_folder(cfg) as begun:
+        run = Run(cfg, begun)
+        for turn in range(1, cfg.turns + 1):
+            freeze_roles(run, turn)
+            for _ in run.left(turn, "qualification", int(asks_a_model(cfg))):
+                run.log(qualify_roles(run))
+            for step in run.left(turn, "instructor", steps_of(run, turn, "instructor")):
+                run.log(instructor_step(run, turn, step))
+            for _ in run.left(turn, "questions", 1):
+                run.log(write_questions(run, turn))
+            for step in run.left(turn, "follower", steps_of(run, turn, "follower")):
+                run.log(follower_step(run, turn, step))
+            for _ in run.left(turn, "evaluation", 1):
+                run.log(evaluate_turn(run, turn))
+    last = f"{cfg.out}/turn{cfg.turns}/follower"
+    print(f"done: {last} is the trained adapter; try: python seif.py chat {cfg.out}")
+
+
+def freeze_roles(run: "Run", turn: int) -> None:
+    """The Filter and Judger of this turn, and the Instructor's KL reference: the turn's start."""
+    for role in ("instructor", "follower"):
+        if turn > 1:
+            run.policy.load_adapter(f"frozen_{role}", run.folder / f"turn{turn - 1}" / role)
+        else:
+            run.start(f"frozen_{role}", role)
+        for parameter in run.policy.tensors(f"frozen_{role}").values():
+            parameter.requires_grad_(False)
+
+
+def asks_a_model(cfg: Config) -> bool:
+    """Whether any verdict of this run is a model's."""
+    return cfg.hard_share < 1 or cfg.judge == "llm" or cfg.filter == "llm"
+
+
+def qualify_roles(run: "Run") -> dict:
+    """Can the frozen Follower judge and filter? On cases whose truth rules know, no labels."""
+    cfg, policy, draw = run.cfg, run.policy, run.draw
+    examples, clock = messages.instructor_examples("hard"), Clock()
+    seeds = draw.choices(run.seeds, k=QUALIFYING // 2)
+    asked = [Question(s, "hard", draw.choice(examples).constraints) for s in seeds]
+    with policy.using("frozen_follower"), clock("rollout"):
+        prompts = [messages.follower_prompt(q.instruction, cfg.think) for q in asked]
+        texts = [s.text for (s,) in policy.sample(prompts, 1, cfg.max_new_tokens, cfg.temperature)]
+    answers = [judge.extract_answer(text, cfg.think) for text in texts]
+    cases = [(q, a, c) for q, a in zip(asked, answers) if a for c in q.constraints]
+    truth = [judge.rule_verdict(q, c, a) for q, a, c in cases]
+    known = [(case, t) for case, t in zip(cases, truth) if t is not None]
+    cases, truth = judge.balance([c for c, _ in known], [t for _, t in known], QUALIFYING)
+    bank = [c for q in examples for c in q.constraints]
+    clashing = [q for q in (judge.unsound(q, bank) for q in examples) if q]
+    with policy.using("frozen_follower"), clock("judging"):
+        ps = policy.yes_probability([messages.judger_prompt(*case) for case in cases])
+        run.judger = judge.rank(ps, truth)
+        sound = [True] * len(examples) + [False] * len(clashing)
+        ps = policy.yes_probability([messages.filter_prompt(q) for q in examples + clashing])
+        run.filter = judge.rank(ps, sound)
+    return dict(judger=asdict(run.judger), filter=asdict(run.filter), seconds=clock)
+
+
+def steps_of(run: "Run", turn: int, role: str) -> int:
+    """As set; else epochs: 3 for the Follower in turn 1, SEIF's front-loaded schedule, else one."""
+    rows = run.seeds if role == "instructor" else run.questions(turn)
+    epochs = 3 if (role, turn) == ("follower", 1) else 1
+    given = step_counts(getattr(run.cfg, f"{role}_steps"))
+    if given and rows:
+        return given[min(turn, len(given)) - 1]
+    return epochs * math.ceil(len(rows) / run.cfg.batch)
+
+
+# ------------------------------------------------------------ what the roles do
+def propose(run: "Run", seeds: list[str], kinds: list[str], n: int, temperature: float) -> list:
+    """The Instructor's n proposals a seed, each with its question, and why it is rejected if so."""
+    cfg, policy, shown = run.cfg, run.policy, run.draw.random()
+    # One draw of worked examples a batch: all prompts of a kind then share their beginning.
+    prompt = lambda *pair: messages.instructor_prompt(*pair, cfg.shots, random.Random(shown))
+    with policy.using("instructor"):
+        prompts = [prompt(*pair) for pair in zip(seeds, kinds)]
+        groups = policy.sample(prompts, n, cfg.instructor_tokens, temperature)
+    for seed, kind, group in zip(seeds, kinds, groups):
+        for sample in group:
+            found, sample.reason = judge.parse_constraints(sample.text, messages.KINDS[kind])
+            sample.question = None if sample.reason else Question(seed, kind, tuple(found))
+    parsed = [s for group in groups for s in group if s.question]
+    questions, limits = [s.question for s in parsed], (cfg.max_new_tokens, cfg.min_words)
+    mode = "code" if cfg.filter == "llm" and not run.filter.believed else cfg.filter
+    with policy.using("frozen_follower"):
+        how = (policy.yes_probability, mode, limits, run.filter.threshold)
+        reasons = judge.filter_questions(questions, *how)
+    for sample, reason in zip(parsed, reasons):
+        sample.reason = reason
+    return groups
+
+
+def answer(run: "Run", role: str | None, questions, n: int, temperature: float, clock) -> list:
+    """n answers of `role` to each question, with the frozen Follower's and the rules' verdicts."""
+    cfg, policy = run.cfg, run.policy
+    with clock("rollout"), policy.using(role):
+        prompts = [messages.follower_prompt(q.instruction, cfg.think) for q in questions]
+        groups = policy.sample(prompts, n, cfg.max_new_tokens, temperature)
+    for question, group in zip(questions, groups):
+        for sample in group:
+            sample.question, sample.answer = question, judge.extract_answer(sample.text, cfg.think)
+    samples = [s for group in groups for s in group]
+    with clock("judging"), policy.using("frozen_follower"):
+        pairs = [(s.question, s.answer) for s in samples]
+        how = (policy.yes_probability, cfg.judge, run.threshold)
+        table = judge.verdicts(pairs, *how)
+    for sample, verdicts in zip(samples, table):
+        sample.verdicts = verdicts
+    return groups
+
+
+# ------------------------------------------------------------ stage 1: the Instructor
+def instructor_step(run: "Run", turn: int, step: int) -> dict:
+    """GRPO on proposals: 0 for an invalid one, else 1 - r of the frozen Follower's own answer."""
+    cfg, clock = run.cfg, Clock()
+    order = random.Random(f"{cfg.seed}/{turn}").sample(run.seeds, len(run.seeds))
+    seeds = [order[(step * cfg.batch + i) % len(order)] for i in range(cfg.batch)]
+    with clock("rollout"):
+        groups = propose(run, seeds, run.kinds(seeds), cfg.group, cfg.instructor_temperature)
+    proposals = [s for group in groups for s in group]
+    valid = [s for s in proposals if not s.reason]
+    questions = [s.question for s in valid]
+    answers = [a for (a,) in answer(run, "frozen_follower", questions, 1, cfg.temperature, clock)]
+    for proposal in proposals:
+        proposal.reward = 0.0
+    for proposal, given in zip(valid, answers):
+        # A cut-off answer says nothing of the difficulty, and pays 0: else the Instructor would
+        # learn to ask for answers longer than the limit. Without any verdict nothing is known.
+        if given.answer and given.ended:
+            r = judge.satisfaction(given.verdicts)
+            proposal.reward = None if r is None else judge.instructor_reward(r, cfg.reward)
+    with clock("update"):
+        own = dataclasses.replace(cfg, temperature=cfg.instructor_temperature)
+        metrics = run.update("instructor", groups, own)
+    pairs = list(zip(answers, (p.reward for p in valid)))
+    return dict(groups=groups, answers=pairs, seconds=clock, metrics=metrics)
+
+
+# ------------------------------------------------------------ the questions q_T
+def write_questions(run: "Run", turn: int) -> dict:
+    """The trained Instructor writes one question per seed; a few retries for what is rejected."""
+    cfg, clock, accepted, rejected = run.cfg, Clock(), [], Counter()
+    seeds = run.draw.sample(run.seeds, min(cfg.questions or len(run.seeds), len(run.seeds)))
+    kinds = run.kinds(seeds)
+    temperature = min(QUESTION_TEMPERATURE, cfg.instructor_temperature)
+    with clock("rollout"):
+        for _ in range(RETRIES):
+            proposals = [s for (s,) in propose(run, seeds, kinds, 1, temperature)]
+            accepted += [s.question for s in proposals if not s.reason]
+            rejected.update(s.reason for s in proposals if s.reason)
+            again = [i for i, s in enumerate(proposals) if s.reason]
+            seeds, kinds = [seeds[i] for i in again], [kinds[i] for i in again]
+    run.written[turn] = len(accepted)
+    text = "".join(json.dumps(asdict(q), ensure_ascii=False) + "\n" for q in accepted)
+    replace_file(run.folder / f"turn{turn}" / "questions.jsonl", text.encode())
+    return dict(questions=accepted, rejected=rejected, seconds=clock)
+
+
+# ------------------------------------------------------------ stage 2: the Follower
+def follower_step(run: "Run", turn: int, step: int) -> dict:
+    """GRPO on answers: r, the mean verdict over the constraints."""
+    cfg, clock, questions, batch = run.cfg, Clock(), run.questions(turn), []
+    # Epoch after epoch, each in an order of its own; a step may straddle two.
+    for place in range(step * cfg.batch, (step + 1) * cfg.batch):
+        epoch, at = divmod(place, len(questions))
+        order = random.Random(f"{cfg.seed}/{turn}/{epoch}").sample(questions, len(questions))
+        batch.append(order[at])
+    groups = answer(run, "follower", batch, cfg.group, cfg.temperature, clock)
+    samples = [s for group in groups for s in group]
+    for s in samples:
+        s.reward = judge.follower_reward(s.question, s.answer, s.ended, s.verdicts)
+    with clock("update"):
+        metrics = run.update("follower", groups, cfg)
+    answers = [(group[0], group[0].reward) for group in groups]
+    return dict(groups=groups, answers=answers, seconds=clock, metrics=metrics)
 
 
 class Clock(Counter):
@@ -205,316 +387,263 @@ class Clock(Counter):
         self[phase] += time.perf_counter() - start
 
 
-def peak_mib() -> int:
-    """Peak memory so far: the GPU's if there is one, else the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-
-
-# ---------------------------------------------------------------- stage 1: the Instructor
-
-
-def propose(run: Run, seeds: list[str], kinds: list[str], n: int, draw: random.Random, temperature: float):
-    """n proposals for each seed: prompts, completions, and per proposal (Question or None, reason).
-
-    The worked examples are drawn for every cfg.batch seeds, so that the prompts of a step share all but the seed and
-    yet the questions of q_T show many sorts: a small Instructor stays close to its examples.
-    """
-    policy, cfg, salt = run.policy, run.cfg, draw.getrandbits(32)
-    prompts = [
-        judge.instructor_prompt(policy, seed, kind, cfg.shots, random.Random(f"{salt}/{kind}/{i // cfg.batch}"))
-        for i, (seed, kind) in enumerate(zip(seeds, kinds))
-    ]
-    with policy.using("instructor"):
-        groups = policy.generate(prompts, n, cfg.instructor_tokens, temperature)
-    proposals = []
-    for seed, kind, group in zip(seeds, kinds, groups):
-        for completion in group:
-            text = judge.OPENING[kind] + policy.decode(completion)
-            constraints, reason = judge.parse_constraints(text, judge.KINDS[kind])
-            proposals.append((None if reason else Question(seed, kind, tuple(constraints)), reason))
-    with policy.using("evaluator"):
-        parsed = [i for i, (question, _) in enumerate(proposals) if question]
-        for i, reason in zip(parsed, judge.filter_questions(policy, [proposals[i][0] for i in parsed], cfg)):
-            proposals[i] = (proposals[i][0], reason)
-    return prompts, groups, proposals
-
-
-def difficulty(run: Run, role: str | None, questions: list[Question], n: int, temperature: float, clock: Clock):
-    """`role` answers each question n times and judges the answers: per question (mean r or None, an answer, verdicts).
-
-    Cut-off and empty answers are left out, not counted as failures: nothing can be said of them.
-    """
-    policy, cfg = run.policy, run.cfg
-    with policy.using(role):
-        with clock("rollout"):
-            prompts = [judge.follower_prompt(policy, q.instruction, cfg.think) for q in questions]
-            groups = policy.generate(prompts, n, cfg.max_new_tokens, temperature)
-        with clock("judging"):
-            pairs, owner = [], []
-            for i, (question, group) in enumerate(zip(questions, groups)):
-                for completion in group:
-                    answer = judge.extract_answer(policy.decode(completion), cfg.think)
-                    if answer and policy.ended(completion):
-                        pairs.append((question, answer))
-                        owner.append(i)
-            verdicts = judge.judge(policy, pairs, cfg)
-    out = []
-    for i in range(len(questions)):
-        mine = [k for k, o in enumerate(owner) if o == i]
-        rs = [r for k in mine if (r := judge.satisfaction(verdicts[k])) is not None]
-        first = mine[0] if mine else None
-        answer, verdict = (pairs[first][1], verdicts[first]) if mine else ("", [])
-        out.append((sum(rs) / len(rs) if rs else None, answer, verdict))
-    return out
-
-
-def instructor_step(run: Run, turn: int, step: int) -> dict:
-    """GRPO on proposals; reward 0 for an invalid one, else 1 - r of the evaluator's own answer."""
-    cfg, draw, clock = run.cfg, run.draw(turn, "instructor", step), Clock()
-    order = random.Random(f"{cfg.seed}/{turn}").sample(run.seeds, len(run.seeds))
-    seeds = [order[(step * cfg.batch + i) % len(order)] for i in range(cfg.batch)]
-    kinds = ["hard" if draw.random() < cfg.hard_share else "soft" for _ in seeds]
-    with clock("rollout"):
-        prompts, groups, proposals = propose(run, seeds, kinds, cfg.group, draw, cfg.instructor_temperature)
-    valid = [i for i, (_, reason) in enumerate(proposals) if not reason]
-    results = difficulty(run, "evaluator", [proposals[i][0] for i in valid], cfg.answers, cfg.temperature, clock)
-    common = judge.type_statistics([proposals[i][0] for i in valid])
-    rewards: list[float | None] = [0.0] * len(proposals)
-    for i, (r, _, verdicts) in zip(valid, results):
-        if r is None and verdicts:  # answered, and every verdict missing: nothing is known of this proposal
-            rewards[i] = None
-            continue
-        types = [judge.constraint_type(c) for c in proposals[i][0].constraints]
-        share = types.count(common["top_type"]) / len(types)
-        rewards[i] = (judge.instructor_reward(r, cfg.reward) or 0.0) - cfg.type_penalty * common["top_share"] * share
-    completions = [c for group in groups for c in group]
-    episodes = [Episode(prompts[i // cfg.group], c, i // cfg.group, rewards[i]) for i, c in enumerate(completions)]
-    with clock("update"):
-        own = dataclasses.replace(cfg, temperature=cfg.instructor_temperature)
-        metrics = rl.grpo_step(run.policy, "instructor", "reference", episodes, run.optimizers["instructor"], own)
-    for i, (_, answer, verdicts) in list(zip(valid, results))[:2]:
-        run.log("samples.jsonl", sample_row(turn, "instructor", step, proposals[i][0], answer, verdicts, rewards[i]))
-    known = [r for r, _, _ in results if r is not None]
-    return step_metrics(run, episodes, clock, metrics) | {
-        "valid": len(valid) / len(proposals),
-        "parsed": sum(q is not None for q, _ in proposals) / len(proposals),
-        "evaluator_r": sum(known) / len(known) if known else None,
-        "rejected": dict(Counter(reason for _, reason in proposals if reason)),
-        **common,
-    }
-
-
-# ---------------------------------------------------------------- the questions q_T
-
-
-def write_questions(run: Run, turn: int, step: int = 0) -> dict:
-    """The trained Instructor writes one question per seed; the Filter has its say; a few retries for the rejected."""
-    cfg, draw, clock = run.cfg, run.draw(turn, "questions", 0), Clock()
-    wanted = min(cfg.questions or len(run.seeds), len(run.seeds))
-    waiting = [(s, "hard" if draw.random() < cfg.hard_share else "soft") for s in draw.sample(run.seeds, wanted)]
-    accepted, reasons, tried = [], Counter(), 0
-    with clock("rollout"):
-        for _ in range(cfg.retries):
-            if not waiting:
-                break
-            seeds, kinds = zip(*waiting)
-            _, _, proposals = propose(run, list(seeds), list(kinds), 1, draw, cfg.question_temperature)
-            accepted += [question for question, reason in proposals if not reason]
-            reasons.update(reason for _, reason in proposals if reason)
-            tried += len(waiting)
-            waiting = [pair for pair, (_, reason) in zip(waiting, proposals) if reason]
-    folder = run.folder / f"turn{turn}"
-    folder.mkdir(exist_ok=True)
-    write_jsonl(folder / "questions.jsonl", [dataclasses.asdict(q) for q in accepted])
-    return {
-        "questions": len(accepted),
-        "acceptance": len(accepted) / tried,
-        "rejected": dict(reasons),
-        "seconds": dict(clock),
-        **judge.type_statistics(accepted),
-    }
-
-
-# ---------------------------------------------------------------- stage 2: the Follower
-
-
-def follower_step(run: Run, turn: int, step: int) -> dict:
-    """GRPO on answers; the reward is the mean verdict over the constraints."""
-    cfg, policy, clock = run.cfg, run.policy, Clock()
-    run.draw(turn, "follower", step)
-    questions = run.questions(turn)
-    # Epoch after epoch, each in an order of its own; a step may straddle two.
-    places = range(step * cfg.batch, (step + 1) * cfg.batch)
-    epochs = {p // len(questions): None for p in places}
-    orders = {e: random.Random(f"{cfg.seed}/{turn}/{e}").sample(questions, len(questions)) for e in epochs}
-    batch = [orders[p // len(questions)][p % len(questions)] for p in places]
-    prompts = [judge.follower_prompt(policy, q.instruction, cfg.think) for q in batch]
-    with clock("rollout"), policy.using("follower"):
-        groups = policy.generate(prompts, cfg.group, cfg.max_new_tokens, cfg.temperature)
-    completions = [c for group in groups for c in group]
-    pairs = [
-        (batch[i // cfg.group], judge.extract_answer(policy.decode(c), cfg.think)) for i, c in enumerate(completions)
-    ]
-    with clock("judging"), policy.using("evaluator"):
-        table = judge.judge(policy, pairs, cfg)
-    rewards = [judge.follower_reward(q, a, policy.ended(c), v) for (q, a), c, v in zip(pairs, completions, table)]
-    episodes = [Episode(prompts[i // cfg.group], c, i // cfg.group, rewards[i]) for i, c in enumerate(completions)]
-    with clock("update"):
-        metrics = rl.grpo_step(policy, "follower", "evaluator", episodes, run.optimizers["follower"], cfg)
-    for i in range(0, min(len(pairs), 2 * cfg.group), cfg.group):
-        run.log("samples.jsonl", sample_row(turn, "follower", step, *pairs[i], table[i], rewards[i]))
-    return step_metrics(run, episodes, clock, metrics) | {"missing": sum(r is None for r in rewards) / len(rewards)}
-
-
-def step_metrics(run: Run, episodes: list[Episode], clock: Clock, metrics: dict) -> dict:
-    """What answers "is it training?", the same for both stages."""
-    rewards = [e.reward for e in episodes if e.reward is not None]
-    mean = sum(rewards) / len(rewards) if rewards else math.nan
-    lengths = [len(e.completion) for e in episodes]
-    return {
-        "reward": mean,
-        "reward_std": math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards)) if rewards else math.nan,
-        "length": sum(lengths) / len(lengths),
-        "truncated": sum(not run.policy.ended(e.completion) for e in episodes) / len(episodes),
-        "tokens_per_second": sum(lengths) / clock["rollout"],
-        "peak_mib": peak_mib(),
-        "seconds": dict(clock),
-        **metrics,
-    }
-
-
-def sample_row(turn, stage, step, question: Question, answer: str, verdicts: list, reward) -> dict:
-    """One line of samples.jsonl, readable without the code."""
-    verdicts = verdicts or [judge.Verdict(None, "nobody")] * len(question.constraints)
-    judged = [{"constraint": c, "verdict": v.value, "by": v.by} for c, v in zip(question.constraints, verdicts)]
-    row = {"turn": turn, "stage": stage, "step": step, "kind": question.kind, "seed": question.seed}
-    return row | {"constraints": judged, "answer": answer, "reward": reward}
-
-
-# ---------------------------------------------------------------- evaluation
-
-
-def end_turn(run: Run, turn: int, step: int = 0) -> dict:
-    """Save the turn's adapters; measure the Follower on held-out rows and the frozen base model on q_T."""
-    cfg, clock = run.cfg, Clock()
-    run.draw(turn, "evaluation", 0)
+def evaluate_turn(run: "Run", turn: int) -> dict:
+    """Save the turn's adapters; how hard q_T is for the base model."""
     for role in run.optimizers:
         run.policy.save(role, run.folder / f"turn{turn}" / role)
-    base_file = run.folder / "base.json"
-    with clock("evaluation"):
-        if not base_file.exists():
-            base, records = evaluate(run.policy, None, run.heldout, cfg)
-            write_jsonl(run.folder / "heldout_base.jsonl", records)
-            replace_file(base_file, lambda path: path.write_text(json.dumps(base)))
-        follower, records = evaluate(run.policy, "follower", run.heldout, cfg)
-        write_jsonl(run.folder / f"turn{turn}" / "heldout.jsonl", records)
-        questions = run.questions(turn)[: cfg.eval_rows or None]
-        rs = [r for r, _, _ in difficulty(run, None, questions, 1, 0.0, Clock()) if r is not None] if questions else []
-    report.write_samples(run.folder)
-    spent: Counter[str] = Counter()
-    for _, row in read_jsonl(run.folder / "log.jsonl"):
-        spent.update(row["seconds"] if row["turn"] == turn else {})
-    return {
-        "turn_seconds": dict(spent + clock),
-        "heldout_base": json.loads(base_file.read_text()),
-        "heldout_follower": follower,
-        "base_r_on_questions": sum(rs) / len(rs) if rs else None,
-        "seconds": dict(clock),
-    }
+    questions, clock = run.questions(turn)[: run.cfg.eval_rows or None], Clock()
+    answers = [a for (a,) in answer(run, None, questions, 1, 0.0, clock)]
+    return dict(answers=answers, seconds=clock)
 
 
-# ---------------------------------------------------------------- the loop
-
-MOST_VOIDED = 5  # steps in a row without a finite gradient: then the run is not coming back by itself
-UNITS = {"instructor": instructor_step, "questions": write_questions, "follower": follower_step, "evaluation": end_turn}
-
-
-def schedule(run: Run) -> Iterator[tuple[int, str, int, int]]:
-    """Every unit of the run in order: (turn, stage, step, steps of the stage). Lazy: q_T decides the Follower's steps."""
-    cfg = run.cfg
-    for turn in range(1, cfg.turns + 1):
-        steps = steps_of(cfg.instructor_steps, turn, math.ceil(len(run.seeds) / cfg.batch))
-        for step in range(steps):
-            yield turn, "instructor", step, steps
-        yield turn, "questions", 0, 1
-        epoch = math.ceil(len(run.questions(turn)) / cfg.batch)
-        steps = steps_of(cfg.follower_steps, turn, epoch * (3 if turn == 1 else 1)) if epoch else 0
-        for step in range(steps):
-            yield turn, "follower", step, steps
-        yield turn, "evaluation", 0, 1
-
-
-def train(cfg: Config) -> None:
-    """The self-evolution loop: do the units that are not done yet, log each, save, print a table row per turn."""
-    seeds = read_seeds(cfg.seeds)
-    read_ifeval(cfg.heldout)
-    lock = open_folder(cfg)
-    print_config(cfg)
-    policy = load_policy(cfg)
-    run = Run(cfg, policy, seeds)
-    run.resume()
-    print(
-        f"{len(run.seeds)} seeds ({run.skipped} too long, skipped), {len(run.heldout)} held-out rows, run folder {cfg.out}"
-    )
-    if run.done:
-        print(f"going on after unit {run.done}; finished turns:\n" + report.turn_table(run.folder))
-    with ExitStack() as bars:
-        run_units(run, bars)
-    lock.close()
-    print(f"done: {cfg.out}/turn{cfg.turns}/follower is the trained adapter; try: python seif.py chat {cfg.out}")
+# ------------------------------------------------------------ the run folder
+@contextmanager
+def locked_folder(cfg: Config):
+    """Create the run folder or check that it has the same settings; keeps other runs out of it."""
+    folder, own = Path(cfg.out), asdict(cfg) | {"begun": date.today().isoformat()}
+    path, lock = folder / "config.json", filelock.FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        old = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        own["begun"] = old.get("begun", own["begun"])
+        begun = date.fromisoformat(own["begun"])
+    except filelock.Timeout as error:
+        mend = "give another --out, or stop that one"
+        raise InputError(f"{folder}: another run is writing here; {mend}") from error
+    except (OSError, ValueError, TypeError) as error:
+        mend = f"mend or take out {path.name}, or give another --out"
+        raise InputError(f"{folder}: cannot be used as run folder ({error}); {mend}") from error
+    try:
+        fixed = [name for name, field in ROWS.items() if not field.metadata.get("may_change")]
+        for name in fixed:
+            if old.get(name, own[name]) != own[name]:
+                made = f"this run was made with {flag(name)} {old[name]}, not {own[name]}"
+                raise InputError(f"{path}: {made}; give another --out, or the same settings")
+        replace_file(path, json.dumps(own, indent=2).encode())
+        yield begun
+    finally:
+        lock.release()
 
 
-def run_units(run: Run, bars: ExitStack) -> None:
-    """Every unit that is not done yet; `bars` holds the progress bar, to be closed whatever happens."""
-    cfg, turn_now, bar, voided = run.cfg, 0, None, 0
-    for unit, (turn, stage, step, steps) in enumerate(schedule(run)):
-        if unit < run.done:
-            continue
-        if turn != turn_now:
-            run.begin_turn(turn)
-            turn_now = turn
-        if step == 0 or bar is None:
-            bars.close()
-            bar = tqdm(total=steps, initial=step, desc=f"turn {turn} {stage}", dynamic_ncols=True)
-            bars.enter_context(bar)
-        start = time.perf_counter()
-        row = UNITS[stage](run, turn, step)
-        voided = voided + 1 if row.get("skipped") and not row["updates"] else 0
-        if voided == MOST_VOIDED:
-            raise UserError(
-                f"{voided} steps in a row had no finite gradient; lower --lr, raise --kl, go on from {cfg.out}"
+class Run:
+    """A run folder and what is in memory of it: the policy, optimisers, and what is done."""
+
+    def __init__(self, cfg: Config, begun: date):
+        self.cfg, self.folder = cfg, Path(cfg.out)
+        seeds, evaluation = messages.read_seeds(cfg.seeds), rl.extra("eval")
+        self.heldout = (
+            evaluation.read_rows(cfg.heldout)[: cfg.eval_rows or None] if evaluation else []
+        )
+        settings = "  ".join(f"{name}={value}" for name, value in asdict(cfg).items())
+        print(textwrap.indent(textwrap.fill(settings, 96, break_on_hyphens=False), "  "))
+        self.policy = load_policy(cfg)
+        # Templates that tell the date keep telling it, after midnight and when resumed.
+        self.policy.chat.today = begun
+        self.seeds = self._usable(seeds)
+        self.optimizers = {}
+        for role in ("instructor", "follower"):
+            self.start(role, role)
+            parameters = list(self.policy.tensors(role).values())
+            self.optimizers[role] = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
+        # Units done in all, and units that the loop has come past.
+        self.done = self.passed = self.voided = 0
+        # How far the frozen Follower is to be believed; until it is tried, as far as asked.
+        self.judger = self.filter = judge.Ranking(math.nan, 1.0, 1.0, 0.5, 0)
+        # Questions of each q_T, which decide the Follower's steps.
+        self.written: dict[int, int] = {}
+        self.saved = time.time()
+        self._resume()
+        skipped = f"{len(seeds) - len(self.seeds)} too long, skipped"
+        print(f"{len(self.seeds)} seeds ({skipped}), {len(self.heldout)} held-out rows, {cfg.out}")
+        if self.done:
+            print(f"going on after unit {self.done}")
+
+    def start(self, name: str, role: str) -> None:
+        """An adapter as `role` is when the run begins."""
+        if role == "follower" and self.cfg.init_follower:
+            self.policy.load_adapter(name, self.cfg.init_follower)
+        else:
+            self.policy.add(name, seed=self.cfg.seed * 2 + (role == "follower"))
+
+    def _usable(self, seeds: list[str]) -> list[str]:
+        """The seeds that leave a quarter of the limit for their constraints."""
+        cfg, encode = self.cfg, self.policy.chat.encode
+        prompts = [encode(messages.follower_prompt(seed, cfg.think)) for seed in seeds]
+        limits = (cfg.max_prompt_tokens, cfg.max_new_tokens)
+        config = self.policy.model.config.get_text_config(decoder=True)
+        context = getattr(config, "max_position_embeddings", math.inf)
+        if sum(limits) > context:
+            both = "--max-prompt-tokens {} and --max-new-tokens {}".format(*limits)
+            raise InputError(f"{both} exceed the {context} tokens of context of {cfg.model}")
+        usable = [s for s, p in zip(seeds, prompts) if len(p) <= limits[0] * 3 // 4]
+        if not usable:
+            limit = f"--max-prompt-tokens {limits[0]}"
+            raise InputError(
+                f"{cfg.seeds}: all {len(seeds)} seeds exceed three quarters of {limit}"
             )
-        row = {"turn": turn, "stage": stage, "step": step, **row, "wall": time.perf_counter() - start}
-        run.log("log.jsonl", row)
-        bar.set_postfix_str(report.bar_text(row))
-        bar.update()
-        if step == steps - 1 or (unit + 1) % cfg.save_every == 0:
-            run.save(unit + 1)
-        if stage == "evaluation":
-            bars.close()
-            print(report.turn_table(run.folder), flush=True)
+        return usable
+
+    def left(self, turn: int, stage: str, steps: int) -> Iterator[int]:
+        """The steps of a stage that are not done, each seeded, under a bar; saved when due."""
+        first = min(steps, max(0, self.done - self.passed))
+        self.passed += steps
+        if first == steps:
+            return
+        (self.folder / f"turn{turn}").mkdir(exist_ok=True)
+        how = dict(total=steps, initial=first, desc=f"turn {turn} {stage}", dynamic_ncols=True)
+        with tqdm(**how) as self.bar:
+            for step in range(first, steps):
+                self.draw = seed_unit(self.cfg.seed, turn, stage, step)
+                self.unit, self.begun = dict(turn=turn, stage=stage, step=step), time.time()
+                yield step
+                self.done += 1
+                self.bar.update()
+                if step == steps - 1 or time.time() - self.saved >= SAVE_SECONDS:
+                    self.save()
+
+    def kinds(self, seeds: list[str]) -> list[str]:
+        """hard or soft for each seed, drawn; hard where nobody could judge a soft one."""
+        share = self.cfg.hard_share if self.judger.believed or self.cfg.trust_judger else 1.0
+        return ["hard" if self.draw.random() < share else "soft" for _ in seeds]
+
+    @property
+    def threshold(self) -> float:
+        """The P(yes) from which on the Judger's verdict is yes."""
+        return self.judger.threshold if self.judger.believed else 0.5
+
+    def questions(self, turn: int) -> list[Question]:
+        """q_T as written."""
+        path = self.folder / f"turn{turn}" / "questions.jsonl"
+        questions = messages.read_questions(path)
+        if len(questions) != self.written.get(turn, len(questions)):
+            count = f"{len(questions)} questions where {self.written[turn]} were written"
+            raise InputError(f"{path}: {count}; put the whole file back")
+        return questions
+
+    def update(self, role: str, groups: list[list[Sample]], cfg) -> dict:
+        """A GRPO step; ends the run when step after step has no finite gradient."""
+        how = (self.optimizers[role], cfg)
+        metrics = rl.grpo_step(self.policy, role, f"frozen_{role}", groups, *how)
+        void = metrics["skipped"] and not metrics["updates"]
+        self.voided = self.voided + 1 if void else 0
+        if self.voided == MOST_VOIDED:
+            mend = f"lower --lr, raise --kl, go on from {self.folder}"
+            raise InputError(f"{self.voided} steps in a row had no finite gradient; {mend}")
+        return metrics
+
+    def log(self, done: dict) -> None:
+        """A unit's line of log.jsonl: what extras/report.py, which shows it too, makes of it."""
+        report = rl.extra("report")
+        row = self.unit | (report.show(self, done) if report else done.get("metrics", {}))
+        row["wall"] = time.time() - self.begun
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def save(self) -> None:
+        """Replace the state: adapters, optimisers, and how many units are done."""
+        # On the disk before the state that counts on it.
+        with open(self.folder / "log.jsonl", "ab") as file:
+            os.fsync(file.fileno())
+        adapters = {role: self.policy.tensors(role) for role in self.optimizers}
+        optimizers = {role: o.state_dict() for role, o in self.optimizers.items()}
+        state = dict(done=self.done, written=self.written)
+        state |= dict(judger=asdict(self.judger), filter=asdict(self.filter))
+        state |= dict(adapters=adapters, optimizers=optimizers)
+        # By way of memory: on a full disk torch's own writer raises what is no OSError.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        replace_file(self.folder / "state.pt", buffer.getvalue())
+        self.saved = time.time()
+
+    def _resume(self) -> None:
+        """Take up the saved state, if there is one; the log keeps a line for each unit done."""
+        path, log = self.folder / "state.pt", self.folder / "log.jsonl"
+        if path.exists():
+            try:
+                state = torch.load(path, map_location=self.policy.model.device, weights_only=True)
+                for role, optimizer in self.optimizers.items():
+                    for name, parameter in self.policy.tensors(role).items():
+                        parameter.data.copy_(state["adapters"][role][name])
+                    optimizer.load_state_dict(state["optimizers"][role])
+                self.done, self.written = int(state["done"]), dict(state["written"])
+                self.judger = judge.Ranking(**state["judger"])
+                self.filter = judge.Ranking(**state["filter"])
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+                mend = "take it out to begin again"
+                raise InputError(f"{path}: not this run's state ({reason}); {mend}") from error
+        lines = log.read_bytes().splitlines(keepends=True)[: self.done] if log.exists() else []
+        try:
+            sound = all({"turn", "stage", "step"} <= json.loads(line).keys() for line in lines)
+        except (ValueError, AttributeError):
+            sound = False
+        if len(lines) < self.done or not sound:
+            mend = f"put the whole file back, or take out {path.name} to begin again"
+            raise InputError(f"{log}: shorter than when the state was saved, or damaged; {mend}")
+        replace_file(log, b"".join(lines))
+
+
+def seed_unit(seed: int, turn: int, stage: str, step: int) -> random.Random:
+    """Seed every random number of one unit, torch's and the returned ones."""
+    digest = hashlib.sha256(f"{seed}/{turn}/{stage}/{step}".encode()).digest()
+    number = int.from_bytes(digest[:7], "big")
+    torch.manual_seed(number)
+    return random.Random(number)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write beside it, then rename: a reader, or a power cut, never sees half a file."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+# ------------------------------------------------------------ commands
+def open_run(folder: str, turn: int = 0) -> tuple[Config, Policy, int]:
+    """A run for eval and chat: its settings, the policy with `follower`, and of which turn."""
+    path = Path(folder) / "config.json"
+    try:
+        settings = json.loads(messages.read_text(path))
+        begun = date.fromisoformat(settings.pop("begun", date.today().isoformat()))
+        cfg = Config(**settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not the settings of a run of seif.py ({error})") from error
+    done = [int(p.parent.name[4:]) for p in Path(folder).glob("turn[0-9]*/follower")]
+    turn = turn or max(done, default=1)
+    if turn not in done:
+        mend = f"let python seif.py --out {folder} finish it"
+        raise InputError(f"{folder}: no adapter of turn {turn} in it yet; {mend}")
+    policy = load_policy(cfg)
+    policy.chat.today = begun
+    policy.load_adapter("follower", Path(folder) / f"turn{turn}" / "follower")
+    return cfg, policy, turn
 
 
 def main(argv: list[str]) -> int:
     """Run a command; errors that the user can mend end in one line and status 2."""
-    commands = {"eval": command_eval, "chat": command_chat, "plot": report.command_plot}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
+    # A polite kill is a Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if argv and argv[0] in commands:
-            commands[argv[0]](argv[1:])
+        if argv and argv[0] in ("eval", "chat", "plot"):
+            command = rl.extra(argv[0])
+            if command is None:
+                raise InputError(f"{argv[0]} comes with extras/, which is not here")
+            command.main(argv[1:], open_run)
         else:
-            train(read_config(argv, __doc__))
+            train(read_config(argv))
         return 0
-    except UserError as error:
+    except (InputError, rl.ModelError) as error:
         print(f"seif: {error}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:
-        print(f"seif: {error}; what was saved is whole, mend it and give the same command to go on", file=sys.stderr)
+        print(f"seif: {error}; what was saved is whole: the same command goes on", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nseif: stopped; the same command goes on from the last saved state", file=sys.stderr)
+        print("\nseif: stopped; the same command goes on from the last state", file=sys.stderr)
         return 130
 
 

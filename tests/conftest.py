@@ -1,4 +1,4 @@
-"""Tiny random models with a byte-level tokenizer, built on the spot: the tests need no download but the embedded model."""
+"""Tiny random models with a byte-level tokenizer, built on the spot: no download, no GPU."""
 
 import os
 
@@ -13,7 +13,8 @@ import rl
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SIZES = dict(
@@ -29,6 +30,10 @@ SIZES = dict(
     eos_token_id=258,
     pad_token_id=258,
 )
+LOCAL = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Architectures by what sets them apart: biases, fused projections, query norms, windows, logits
+# that are scaled or capped, sinks, experts. Those of OTHERS convolve or add a bias by distance.
 KINDS = {
     "llama": ("LlamaConfig", {}),
     "smollm2": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -36,7 +41,19 @@ KINDS = {
     "qwen3": ("Qwen3Config", {}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "mistral-window": ("MistralConfig", {"sliding_window": 8}),
-    "gemma3": ("Gemma3TextConfig", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3": ("Gemma3TextConfig", LOCAL),
+    "gemma2": ("Gemma2Config", LOCAL | {"query_pre_attn_scalar": 16}),
+    "phi": ("PhiConfig", {}),
+    "phi3": ("Phi3Config", {}),
+    "olmo3": ("Olmo3Config", LOCAL),
+    "granite": ("GraniteConfig", {"logits_scaling": 2.0, "embedding_multiplier": 3.0}),
+    "cohere": ("CohereConfig", {}),
+    "qwen3-moe": ("Qwen3MoeConfig", EXPERTS),
+    "gpt-oss": ("GptOssConfig", LOCAL | {"num_local_experts": 4}),
+}
+OTHERS = {
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
+    "bloom": ("BloomConfig", {}),
 }
 
 
@@ -56,7 +73,7 @@ def make_tokenizer(template: str = CHATML):
 
 def make_model(folder, kind: str = "llama", template: str = CHATML, eos=258, **sizes):
     """A random model folder of the given architecture."""
-    name, extra = KINDS[kind]
+    name, extra = (KINDS | OTHERS)[kind]
     torch.manual_seed(7)
     config = getattr(transformers, name)(**(SIZES | extra | sizes))
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -84,7 +101,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def policy(folders):
-    """A fresh fp32 tiny Llama with the two trained roles."""
+    """A fresh tiny Llama with the two trained roles, on the GPU if there is one."""
     policy = rl.load(folders("llama"), bits=16)
     for seed, role in enumerate(("instructor", "follower")):
         policy.add(role, seed=seed)

@@ -1,18 +1,29 @@
-"""A whole run on a tiny random model, and `python tests/tiny.py FLAGS`, the same as a process of its own, to be killed.
+"""A whole run on a tiny random model; `python tests/tiny.py FLAGS` is one as a process.
 
-A random model never writes JSON: its proposals are read as three constraints that its text picks at random. All else,
-sampling, judging, rewards, updates, files, is the real thing.
+A random model never writes JSON: its proposals are read as three constraints that its text picks
+at random. All else, sampling, judging, rewards, updates, files, is the real thing.
 """
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
 
+# The process form imports the project that this file lies in.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import judge  # noqa: E402
 import seif  # noqa: E402
 
+# For conftest.make_model: small enough for seconds; several EOS ids, so that random answers do end.
+MODEL = dict(
+    eos=[258, *range(40)],
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
 BANK = [
     "Your answer must not contain any commas.",
     "Your answer must have at most 5 words.",
@@ -22,7 +33,12 @@ BANK = [
     "Your answer must be wrapped in double quotation marks.",
 ]
 HELDOUT = [
-    {"key": 1, "prompt": "Say hi.\nUse no commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    {
+        "key": 1,
+        "prompt": "Say hi.\nUse no commas.",
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{}],
+    },
     {
         "key": 2,
         "prompt": "Say ho.\nAnswer with at least 2 words in JSON.",
@@ -49,6 +65,7 @@ def flags(folder: Path, out: str, **more) -> list[str]:
     settings = dict(
         out=folder / out,
         model=folder / "model",
+        bits=16,
         seeds=folder / "seeds.txt",
         heldout=folder / "heldout.jsonl",
         turns=2,
@@ -57,19 +74,25 @@ def flags(folder: Path, out: str, **more) -> list[str]:
         instructor_steps="2,1",
         follower_steps="2",
         hard_share=1.0,
-        shots=1,
+        shots=0,
         filter="code",
         max_new_tokens=12,
         instructor_tokens=8,
         max_prompt_tokens=2000,
         lr=1e-2,
         updates=2,
-        save_every=1,
     )
     words = [w for k, v in (settings | more).items() for w in (f"--{k.replace('_', '-')}", str(v))]
     return [*words, "--no-think"]
 
 
-if __name__ == "__main__":
+def main(argv: list[str], stderr: str = "") -> None:
+    """A process's whole life. stderr: a file for what it says there."""
+    if stderr:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     judge.parse_constraints = parse
-    sys.exit(seif.main(sys.argv[1:]))
+    sys.exit(seif.main(argv))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

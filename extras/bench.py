@@ -1,0 +1,416 @@
+"""bench.py: how fast, how large, how far from this machine's own limit.
+
+    python extras/bench.py                       all workloads, ours beside the plain way
+    python extras/bench.py update-follower       one of them
+    python extras/bench.py --against trl         TRL's GRPOTrainer + peft on the GRPO steps too
+    python extras/bench.py --model FOLDER --bits 16 --repeat 5
+
+One JSON line per workload and side. Each side runs in a process of its own, so that its peak
+memory is its own; seconds are the median of --repeat runs after a warm-up. `limit` is the time that
+the step's matrix products alone would take at the speed measured here for its shapes, `tree` the
+seconds of laying out the packed rows. Every sample has a forced length: both sides do the same.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import psutil
+import torch
+import torch.nn.functional as F
+import transformers
+
+import rl
+import seif  # noqa: F401 (it quiets the libraries)
+from extras import packing, smollm2
+
+CFG = types.SimpleNamespace(temperature=1.0, updates=1, kl=0.01)
+NEW, GROUP = 64, 8
+# name -> (prompts, tokens per prompt, tokens of it shared by all)
+STEPS = {"instructor": (2, 740, 630), "follower": (2, 118, 8)}
+
+
+def ids(n: int, seed: int) -> list[int]:
+    """So many token ids."""
+    return random.Random(seed).choices(range(1000, 40000), k=n)
+
+
+def make_prompts(kind: str, times: int = 1) -> list[list[int]]:
+    """The prompts of a step, `times` as many."""
+    count, length, shared = STEPS[kind]
+    return [ids(shared, 0) + ids(length - shared, i + 1) for i in range(count * times)]
+
+
+def rewarded(prompts, groups) -> list[list[rl.Sample]]:
+    """Groups of samples whose rewards do not tie."""
+    one = lambda p, c, k: rl.Sample(p, c, "", False, reward=float(k % 3))
+    return [[one(p, c, k) for k, c in enumerate(g)] for p, g in zip(prompts, groups)]
+
+
+def peak_mib() -> int:
+    """Peak memory so far: the GPU's if there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    try:
+        import resource
+    except ImportError:
+        return psutil.Process().memory_info().peak_wset >> 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)
+
+
+def draws(prompts: int, group: int, new: int = NEW) -> torch.Tensor:
+    """A draw for each sample and position."""
+    return 1 - torch.rand(prompts, group, new)
+
+
+def fake_groups(prompts, group: int) -> list:
+    """Groups of completions of NEW tokens."""
+    return [[ids(NEW, 1000 * i + k) for k in range(group)] for i in range(len(prompts))]
+
+
+def timed(work, repeat: int, warmup: int) -> tuple[float, list[float]]:
+    """Median seconds of `repeat` runs after `warmup` others, and all of them."""
+    for _ in range(warmup):
+        work()
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), seconds
+
+
+def matmul_gflops(policy, rows: int) -> float:
+    """GFLOP/s of this machine at the model's own shapes."""
+    config = policy.model.config
+    pairs = [
+        (config.hidden_size, config.intermediate_size),
+        (config.hidden_size, config.hidden_size),
+    ]
+    flops = total = 0.0
+    for a, b in pairs:
+        x, w = (
+            torch.randn(n, a, device=policy.model.device, dtype=policy.model.dtype)
+            for n in (rows, b)
+        )
+        F.linear(x, w)
+        start = time.perf_counter()
+        for _ in range(20):
+            F.linear(x, w)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        total, flops = total + time.perf_counter() - start, flops + 20 * 2 * rows * a * b
+    return flops / total / 1e9
+
+
+def gflop(policy, tokens: int, heads: int) -> float:
+    """Forward GFLOP: `tokens` through the layers, `heads` of them through the output head."""
+    trunk = sum(layer.base.in_features * layer.base.out_features for layer in policy.lora.values())
+    config = policy.model.config
+    return 2e-9 * (tokens * trunk + heads * config.vocab_size * config.hidden_size)
+
+
+class Bench:
+    """The loaded policy and one method per workload and side; each returns its JSON fields."""
+
+    def __init__(self, args):
+        path = args.model or str(smollm2.folder())
+        self.repeat, self.warmup = args.repeat, args.warmup
+        limits = dict(token_budget=args.token_budget, activation_mib=args.activation_mib)
+        self.policy = rl.load(path, args.bits, **limits)
+        self.policy.add("follower")
+        self.optimizer = torch.optim.AdamW(self.policy.tensors("follower").values(), lr=1e-4)
+        self.engine, self.device = self.policy.engine, self.policy.model.device
+        # Forced lengths.
+        self.engine.eos = set()
+
+    def result(self, work, useful: int = 0, gflops: float = 0.0, rows: int = 1024) -> dict:
+        seconds, every = timed(work, self.repeat, self.warmup)
+        row = {
+            "seconds": round(seconds, 3),
+            "all": [round(s, 2) for s in every],
+            "peak_mib": peak_mib(),
+        }
+        if useful:
+            row["tokens_per_second"] = round(useful / seconds, 1)
+        if gflops:
+            row["limit"] = round(gflops / matmul_gflops(self.policy, rows), 3)
+            row["of_limit"] = round(row["limit"] / seconds, 2)
+        return row
+
+    def grpo_flops(self, prompts, group: int) -> float:
+        rows = list(
+            packing.pack(
+                [p + c for p, g in zip(prompts, fake_groups(prompts, group)) for c in g], 1 << 20
+            )
+        )
+        tokens, heads = sum(len(r.tokens) for r in rows), len(prompts) * group * NEW
+        # Forward for the reference and the policy, backward for the activations; the head: twice
+        # forward, once for its gradient.
+        return 3 * gflop(self.policy, tokens, heads)
+
+    def step(self, kind: str, group: int = GROUP, times: int = 1) -> dict:
+        prompts = make_prompts(kind, times)
+
+        def work():
+            with self.policy.using("follower"):
+                groups = self.engine.sample(prompts, draws(len(prompts), group), 1.0)
+            groups = rewarded(prompts, groups)
+            rl.grpo_step(self.policy, "follower", None, groups, self.optimizer, CFG)
+
+        useful = len(prompts) * group * NEW
+        sampling = gflop(self.policy, useful + sum(map(len, prompts)), useful)
+        return self.result(work, useful, self.grpo_flops(prompts, group) + sampling)
+
+    def update(self, kind: str) -> dict:
+        prompts = make_prompts(kind)
+        groups = fake_groups(prompts, GROUP)
+        cfg = types.SimpleNamespace(**(vars(CFG) | {"kl": 0.0}))
+        step = lambda groups: rl.grpo_step(
+            self.policy, "follower", None, groups, self.optimizer, cfg
+        )
+        work = lambda: step(rewarded(prompts, groups))
+        row = self.result(work, len(prompts) * GROUP * NEW, self.grpo_flops(prompts, GROUP) * 2 / 3)
+        sequences = [p + c[:-1] for p, g in zip(prompts, groups) for c in g]
+        tree, _ = timed(lambda: list(packing.pack(sequences, self.engine.token_budget)), 3, 1)
+        return row | {"tree": round(tree, 4), "tree_share": round(tree / row["seconds"], 4)}
+
+    def update_plain(self, kind: str) -> dict:
+        """The usual way: a padded batch per group, full logits, autograd through all."""
+        prompts = make_prompts(kind)
+        groups = fake_groups(prompts, GROUP)
+
+        def work():
+            for prompt, group in zip(prompts, groups):
+                batch = torch.tensor([prompt + c for c in group], device=self.policy.model.device)
+                with self.policy.using("follower"):
+                    logits = self.policy.model(batch, logits_to_keep=NEW + 1).logits[:, :-1].float()
+                    logp = logits.log_softmax(-1).gather(2, batch[:, -NEW:, None])[..., 0]
+                    advantage = torch.tensor(
+                        rl.advantages([float(k % 3) for k in range(GROUP)]), device=logp.device
+                    )
+                    (-(logp - logp.detach()).exp() * advantage[:, None]).sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        return self.result(work, len(prompts) * GROUP * NEW)
+
+    def sampling(self, plain: bool) -> dict:
+        prompts = [ids(60, i) for i in range(32)]
+        draw = random.Random(0)
+        limits = [max(1, min(128, round(draw.lognormvariate(3.7, 0.7)))) for _ in range(32 * GROUP)]
+        uniform = draws(len(prompts), GROUP, max(limits))
+        work = torch.no_grad()(
+            lambda: packing.Sampler(self.engine, prompts, uniform, 1.0, limits).run()
+        )
+        if plain:
+            flat = [p for p in prompts for _ in range(GROUP)]
+            work = lambda: [
+                self.generate_plain(flat[i : i + 64], limits[i : i + 64])
+                for i in range(0, len(flat), 64)
+            ]
+        useful = sum(limits)
+        return self.result(
+            work, useful, gflop(self.policy, useful + sum(map(len, prompts)), useful), rows=64
+        )
+
+    def generate_plain(self, prompts, limits) -> None:
+        """model.generate; each row is stopped at its length, the batch at the longest."""
+        batch = torch.tensor(prompts, device=self.policy.model.device)
+        ends = torch.tensor(limits, device=self.policy.model.device) + batch.shape[1]
+        stop = lambda seen, scores, **kwargs: seen.shape[1] >= ends
+        settings = dict(
+            do_sample=True, top_k=0, top_p=1.0, use_cache=True, eos_token_id=None, pad_token_id=0
+        )
+        mask = torch.ones_like(batch)
+        self.policy.model.generate(
+            batch,
+            attention_mask=mask,
+            max_new_tokens=max(limits),
+            stopping_criteria=[stop],
+            **settings,
+        )
+
+    def verdicts(self, plain: bool) -> dict:
+        template, tail = ids(600, 1), ids(8, 2)
+        prompts = [
+            template + ids(200, 10 + i) + ids(20, 100 * i + j) + tail
+            for i in range(32)
+            for j in range(4)
+        ]
+        work = lambda: self.engine.next_probabilities(prompts, [1, 2])
+        if plain:
+
+            @torch.no_grad()
+            def work():
+                for at in range(0, len(prompts), 8):
+                    self.policy.model(
+                        torch.tensor(prompts[at : at + 8], device=self.policy.model.device),
+                        logits_to_keep=1,
+                    )
+
+        tokens = sum(len(r.tokens) for r in packing.pack(prompts, 1 << 20))
+        return self.result(work, 0, gflop(self.policy, tokens, len(prompts)))
+
+
+WORKLOADS = {
+    "update-instructor": {
+        "ours": lambda b: b.update("instructor"),
+        "plain": lambda b: b.update_plain("instructor"),
+    },
+    "update-follower": {
+        "ours": lambda b: b.update("follower"),
+        "plain": lambda b: b.update_plain("follower"),
+    },
+    "sampling": {"ours": lambda b: b.sampling(False), "plain": lambda b: b.sampling(True)},
+    "verdicts": {"ours": lambda b: b.verdicts(False), "plain": lambda b: b.verdicts(True)},
+    "step-instructor": {"ours": lambda b: b.step("instructor")},
+    "step-follower": {"ours": lambda b: b.step("follower")},
+    "memory": {f"group {g}": lambda b, g=g: b.step("follower", group=g) for g in (4, 16)},
+    "scaling": {f"{t}x prompts": lambda b, t=t: b.step("follower", times=t) for t in (1, 4)},
+}
+
+
+def trl_model(args):
+    """The model and tokenizer as TRL's users load them, and their type."""
+    path, auto = args.model or str(smollm2.folder()), transformers.AutoModelForCausalLM
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    how = {"dtype": dtype}
+    if args.bits == 4:
+        nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        nf4 |= dict(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+        how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
+    return auto.from_pretrained(path, **how), transformers.AutoTokenizer.from_pretrained(path)
+
+
+def trl_rows(kind: str, steps: int) -> list[dict]:
+    """Prompts of the workload's lengths, in words that are one token each."""
+    count, length, shared = STEPS[kind]
+    words = "lake hill rain sun tree road wind bird".split()
+    text = lambda n, seed: " ".join(random.Random(seed).choices(words, k=n))
+    contents = [
+        f"{text(shared, 0)} {text(length - shared - 30, i + 1)}" for i in range(count * steps)
+    ]
+    return [{"prompt": [{"role": "user", "content": content}]} for content in contents]
+
+
+class Clock(transformers.TrainerCallback):
+    """When each of the trainer's steps begins, and when the last one ends."""
+
+    def __init__(self):
+        self.stamps = []
+
+    def on_step_begin(self, *args, **kwargs):
+        """Called by the trainer."""
+        self.stamps.append(time.perf_counter())
+
+    def on_train_end(self, *args, **kwargs):
+        """Called by the trainer."""
+        self.stamps.append(time.perf_counter())
+
+
+def run_trl(kind: str, args) -> dict:
+    """The same step through TRL's GRPOTrainer, peft and transformers' generate."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
+    (model, tokenizer), cuda, clock = trl_model(args), torch.cuda.is_available(), Clock()
+    steps = args.repeat + args.warmup
+    quiet = dict(report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no")
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=GROUP,
+        gradient_accumulation_steps=STEPS[kind][0],
+        num_generations=GROUP,
+        max_completion_length=NEW,
+        beta=CFG.kl,
+        learning_rate=1e-4,
+        max_steps=steps,
+        use_cpu=not cuda,
+        bf16=cuda,
+        gradient_checkpointing=True,
+        generation_kwargs={"min_new_tokens": NEW},
+        use_transformers_continuous_batching=args.against == "trl-cb",
+        **quiet,
+    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [len(c[0]["content"]) % 7.0 for c in completions],
+        args=config,
+        train_dataset=Dataset.from_list(trl_rows(kind, steps)),
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[clock],
+    ).train()
+    seconds = [b - a for a, b in zip(clock.stamps, clock.stamps[1:])][args.warmup :]
+    every = [round(s, 2) for s in seconds]
+    return {"seconds": round(statistics.median(seconds), 3), "all": every, "peak_mib": peak_mib()}
+
+
+def read_arguments():
+    """The command line."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("workload", nargs="?", choices=list(WORKLOADS))
+    parser.add_argument("--side", help="one side only, in this process")
+    parser.add_argument("--model", help="model folder or id; default: the embedded model")
+    parser.add_argument("--bits", type=int, default=4, choices=(4, 16))
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--activation-mib", type=int, default=0)
+    parser.add_argument("--token-budget", type=int, default=2048)
+    text = "measure TRL on the GRPO steps; cb: its continuous batching"
+    parser.add_argument("--against", choices=("trl", "trl-cb"), help=text)
+    return parser.parse_args()
+
+
+def in_a_process(name: str, side: str, args) -> dict:
+    """A side's row, measured in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], *([] if args.workload else [name])]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, "--side", side], capture_output=True, text=True, env=offline)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if lines:
+        return json.loads(lines[-1])
+    return {"workload": name, "side": side, "error": done.stderr.strip()[-300:]}
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    args = read_arguments()
+    if args.side:
+        if args.side.startswith("trl"):
+            row = run_trl(args.workload.removeprefix("step-"), args)
+        else:
+            row = WORKLOADS[args.workload][args.side](Bench(args))
+        about = {"workload": args.workload, "side": args.side, "bits": args.bits}
+        print(json.dumps(about | row), flush=True)
+        return
+    for name in [args.workload] if args.workload else WORKLOADS:
+        peer = [args.against] if args.against and name.startswith("step-") else []
+        rows = []
+        for side in [*WORKLOADS[name], *peer]:
+            rows.append(in_a_process(name, side, args))
+            first, row = rows[0], rows[-1]
+            if row is not first and "error" not in first | row:
+                row["seconds_ratio"] = round(row["seconds"] / first["seconds"], 2)
+                row["memory_ratio"] = round(row["peak_mib"] / first["peak_mib"], 2)
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

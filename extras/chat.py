@@ -1,0 +1,39 @@
+"""chat.py: `python seif.py chat RUN`, a conversation with the Follower."""
+
+import argparse
+
+import judge
+from prompts import messages
+
+
+def main(argv: list[str], open_run) -> None:
+    """`chat RUN`: an empty line or Ctrl-D ends it."""
+    parser = argparse.ArgumentParser("seif.py chat", description=main.__doc__)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--base", action="store_true", help="the base model instead")
+    parser.add_argument("--turn", type=int, default=0, help="the Follower of; default: the last")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    args = parser.parse_args(argv)
+    cfg, policy, turn = open_run(args.run, args.turn)
+    name = "base model" if args.base else f"Follower of turn {turn}"
+    print(f"{name}; an empty line ends the conversation")
+    history = []
+    while True:
+        try:
+            line = input("you> ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return
+        *system, user = messages.follower_prompt(line, cfg.think)[: 2 if cfg.think else 1]
+        opening = messages.follower_prompt(line, cfg.think)[2:]
+        # The system line stands first, once; what an answer begins with, last.
+        history += [user] if history else [*system, user]
+        with policy.using(None if args.base else "follower"):
+            ((sample,),) = policy.sample(
+                [history + opening], 1, args.max_new_tokens, args.temperature
+            )
+        text = sample.text.strip()
+        history.append({"role": "assistant", "content": text})
+        print(judge.extract_answer(text, cfg.think) or text)

@@ -1,0 +1,749 @@
+"""packing.py: rl.PlainEngine's three methods, every distinct token of a batch computed once.
+
+    pack          sequences -> prefix trees, each laid out in one row, and who sees whom in it
+    attention     the model's own, told by the mask what a token sees
+    TokenLogProb  log-probabilities and their gradient without the full logits
+    Sampler       shared prompts prefilled once, and a batch that stays full
+    PackedEngine  the three methods; it checks itself against the model before it is believed
+
+Prompts share templates, samples share prompts, verdicts share instruction and answer: most of a
+step's tokens. Values and gradients are the plain engine's (tests), only the time is not. Nothing
+here knows of adapters or roles.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from extras.cpu import trim
+
+# Logits held at once, in elements: 32 MiB of fp32, whatever the vocabulary.
+HEAD_CHUNK = 1 << 23
+# From so many tokens common to all prompts on, a sampling step reads them in one place.
+SHARED_FROM = 128
+# Tokens of the vocabulary summed together when sampling.
+PICK_BLOCK = 256
+# Finished samples are looked for every so many tokens: on CUDA a look waits for the device.
+LOOK_EVERY = {"cuda": 8, "cpu": 1}
+# Samples decoded side by side, at most: beyond, a step only gets longer.
+SLOTS = {"cuda": 256, "cpu": 64}
+# Without a GPU: MiB of keys and values, at most, and of activations kept for the backward pass,
+# since fresh memory costs there almost what it saves.
+CPU_KV_MIB, CPU_ACTIVATION_MIB = 1024, 64
+# Tokens a row; halving after an out-of-memory stops here.
+MIN_BUDGET = 128
+# How far our logits may be from the model's own, relative to the largest of them. A wrong mask
+# is off by a tenth and more.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 2e-2}
+
+
+# ------------------------------------------------------------------------------ prefix trees
+
+
+@dataclass
+class Row:
+    """A prefix tree laid out in one row of L tokens; `prefix` tokens before it are cached."""
+
+    # (L,) every distinct token once, and its position id.
+    tokens: np.ndarray
+    depth: np.ndarray
+    prefix: int
+    # The tree's edges: tokens start to end see each other causally, and all of `before`,
+    # columns of prefix + row.
+    runs: list[tuple[int, int, np.ndarray]]
+    # Per sequence: where its tokens are in the row, and its index in the caller's list.
+    paths: list[np.ndarray]
+    members: list[int]
+
+    def mask(self) -> np.ndarray:
+        """(L, prefix + L), True where a token (row) sees another (column)."""
+        mask = np.zeros((len(self.tokens), self.prefix + len(self.tokens)), bool)
+        for start, end, before in self.runs:
+            mask[start:end, before] = True
+            mask[start:end, self.prefix + start : self.prefix + end] = np.tri(end - start)
+        return mask
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common prefix of two id arrays."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+def pack(sequences: list[list[int]], budget: int, prefix: int = 0) -> Iterator[Row]:
+    """Sequences -> rows of at most `budget` distinct tokens; a longer sequence has its own.
+
+    Sorted, a sequence shares with the tree so far exactly what it shares with the one before it.
+    So a row grows by one run of new tokens a sequence, with no work per token.
+    """
+    arrays = [np.asarray(s[prefix:], dtype=np.int64) for s in sequences]
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i])
+    start = 0
+    while start < len(order):
+        stop, size, last, shared = start, 0, arrays[order[start]][:0], []
+        while stop < len(order):
+            ids = arrays[order[stop]]
+            common = common_prefix(last, ids)
+            if stop > start and size + len(ids) - common > budget:
+                break
+            shared.append(common)
+            size, last, stop = size + len(ids) - common, ids, stop + 1
+        members = order[start:stop]
+        yield _lay_out([arrays[i] for i in members], shared, size, prefix, members)
+        start = stop
+
+
+def _lay_out(arrays: list, shared: list[int], size: int, prefix: int, members: list[int]) -> Row:
+    tokens, depth = np.empty(size, np.int64), np.empty(size, np.int64)
+    runs, paths, path, at = [], [], np.empty(0, np.int64), 0
+    for ids, common in zip(arrays, shared):
+        end = at + len(ids) - common
+        tokens[at:end] = ids[common:]
+        depth[at:end] = prefix + np.arange(common, len(ids))
+        if end > at:
+            runs.append((at, end, np.concatenate([np.arange(prefix), prefix + path[:common]])))
+        path = np.concatenate([path[:common], np.arange(at, end)])
+        paths.append(path)
+        at = end
+    return Row(tokens, depth, prefix, runs, paths, members)
+
+
+# ------------------------------------------------------------------------------ attention
+
+
+class RowSight:
+    """What the tokens of a packed row see; attention over it, in windows of any size.
+
+    On a GPU one large kernel under one mask; on the CPU run by run, each over the tokens that it
+    sees and no others: the whole row would be L * L scores, most of them masked.
+    """
+
+    def __init__(self, row: Row, device: torch.device, dtype: torch.dtype, by_runs: bool):
+        self.row, self.device, self.dtype, self.by_runs = row, device, dtype, by_runs
+        self.depth = np.concatenate([np.arange(row.prefix), row.depth])
+        self.masks: dict[int | None, Tensor] = {}
+        self.runs: dict[int | None, list] = {}
+
+    def handle(self) -> Tensor:
+        """The attention mask to give to the model: carries this object to every layer."""
+        length = len(self.row.tokens)
+        shape = (1, 1, length, self.row.prefix + length)
+        mask = torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
+        mask.sight = self
+        return mask
+
+    def _additive(self, seen: np.ndarray) -> Tensor:
+        # In the model's type: given booleans, sdpa converts and keeps a copy in each layer.
+        hidden = torch.from_numpy(~seen).to(self.device)
+        zeros = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+        return zeros.masked_fill_(hidden, -torch.inf)[None, None]
+
+    def _mask(self, window: int | None) -> Tensor:
+        if window not in self.masks:
+            seen = self.row.mask()
+            if window:
+                seen &= self.row.depth[:, None] - self.depth < window
+            self.masks[window] = self._additive(seen)
+        return self.masks[window]
+
+    def _runs(self, window: int | None) -> list[tuple]:
+        """(start, end, columns, mask or None for plainly causal) of each run"""
+        if window not in self.runs:
+            self.runs[window] = [self._run(*run, window) for run in self.row.runs]
+        return self.runs[window]
+
+    def _run(self, start: int, end: int, before: np.ndarray, window: int | None) -> tuple:
+        columns = np.concatenate([before, self.row.prefix + np.arange(start, end)])
+        here, there = (
+            self.depth[self.row.prefix + start : self.row.prefix + end],
+            self.depth[columns],
+        )
+        mask = None
+        if len(before) or (window and end - start > window):
+            # Along one path, to be no deeper is to be seen.
+            distance = here[:, None] - there
+            mask = self._additive((distance >= 0) & (distance < (window or len(columns) + 1)))
+        straight = int(columns[-1]) == len(columns) - 1
+        # A slice where one serves: no copy.
+        return start, end, slice(0, len(columns)) if straight else torch.from_numpy(columns), mask
+
+    def attend(self, module, query, key, value, scale, window, bend) -> Tensor:
+        """query (1, H, L, D), key and value (1, h, P + L, D) -> (1, L, H, D)"""
+        if not self.by_runs or bend:
+            return masked(module, query, key, value, self._mask(window), scale, bend)
+        out = []
+        for start, end, columns, mask in self._runs(window):
+            k, v = key[:, :, columns], value[:, :, columns]
+            how = dict(is_causal=mask is None, scale=scale, enable_gqa=True)
+            q = query[:, :, start:end]
+            out.append(F.scaled_dot_product_attention(q, k, v, mask, **how))
+        return torch.cat(out, 2).transpose(1, 2)
+
+
+class SlotSight:
+    """What a sampling step's new tokens see: their own slot so far, and what all samples share."""
+
+    def __init__(self, length: Tensor, width: int, dtype: torch.dtype, shared: "RowCache | None"):
+        columns = torch.arange(width, device=length.device)
+        # (n, W): how far back a column is; below 0 it is not filled yet.
+        self.back, self.dtype, self.shared = length[:, None] - columns, dtype, shared
+        self.masks: dict[int | None, Tensor] = {}
+
+    def handle(self) -> Tensor:
+        """The attention mask to give to the model: carries this object to every layer."""
+        mask = self._mask(None)
+        mask.sight = self
+        return mask
+
+    def _mask(self, window: int | None) -> Tensor:
+        """(n, 1, 1, W), additive"""
+        if window not in self.masks:
+            hidden = self.back < 0
+            if window:
+                hidden |= self.back >= window
+            zeros = torch.zeros(self.back.shape, dtype=self.dtype, device=self.back.device)
+            self.masks[window] = zeros.masked_fill_(hidden, -torch.inf)[:, None, None]
+        return self.masks[window]
+
+    def attend(self, module, query, key, value, scale, window, bend) -> Tensor:
+        """query (n, H, 1, D), key and value (n, h, W, D) -> (n, 1, H, D)"""
+        if self.shared is None:
+            return masked(module, query, key, value, self._mask(window), scale, bend)
+        shared = self.shared.kv[module.layer_idx]
+        return attention_after(shared, query, key, value, self._mask(None), scale)
+
+
+def attention_after(shared, query, key, value, mask, scale) -> Tensor:
+    """One new token for each of n samples, which see the same shared keys, then their own.
+
+    The samples' queries are the rows of one matrix, so that shared keys are read once, not n times.
+    shared key and value (1, h, P, D), query (n, H, 1, D), key and value (n, h, W, D), mask
+    (n, 1, 1, W) additive -> (n, 1, H, D)
+    """
+    n, heads, _, dim = query.shape
+    shared_key, shared_value = (t[0] for t in shared)
+    # (n, h, H / h, D): the queries of a key's head together
+    query = query.reshape(n, key.shape[1], -1, dim) * (scale or dim**-0.5)
+    # (h, n * H / h, P) and (n, h, H / h, W)
+    far = query.transpose(0, 1).flatten(1, 2) @ shared_key.mT
+    near = (query @ key.mT).add_(mask)
+    scores = torch.cat([far.unflatten(1, (n, -1)).transpose(0, 1), near], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    far, near = weights.split([far.shape[-1], near.shape[-1]], -1)
+    far = (far.transpose(0, 1).flatten(1, 2) @ shared_value).unflatten(1, (n, -1)).transpose(0, 1)
+    return (far + near @ value).reshape(n, 1, heads, dim)
+
+
+def masked(module, query, key, value, mask, scale, bend: dict) -> Tensor:
+    """Attention under an additive mask; `bend`: Gemma 2's cap on scores, gpt-oss's sinks."""
+    if not bend:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scale)[0]
+    n, heads, length, dim = query.shape
+    query = query.reshape(n, key.shape[1], -1, length, dim) * (scale or dim**-0.5)
+    scores = query @ key[:, :, None].mT
+    if bend.get("softcap"):
+        scores = (scores / bend["softcap"]).tanh() * bend["softcap"]
+    scores = scores + mask[:, :, None]
+    if bend.get("s_aux") is not None:
+        # A sink is one more column, which takes weight and gives nothing.
+        sinks = bend["s_aux"].reshape(1, key.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    return (weights @ value[:, :, None]).reshape(n, heads, length, dim).transpose(1, 2)
+
+
+# What the model's layers asked for, for PackedEngine's check of itself.
+WINDOWS: set[int | None] = set()
+BENDS: set[str] = set()
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Takes the place of the model's attention; a mask of ours says who sees whom."""
+    sight = getattr(attention_mask, "sight", None)
+    if sight is None:
+        how = dict(scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+    window = kwargs.get("sliding_window")
+    bend = {k: kwargs[k] for k in ("softcap", "s_aux") if kwargs.get(k) is not None}
+    WINDOWS.add(window)
+    BENDS.update(bend)
+    return sight.attend(module, query, key, value, scaling, window, bend), None
+
+
+# Under a name of our own, with sdpa's masks for whatever is not packed.
+AttentionInterface.register("packed", attention)
+AttentionMaskInterface.register("packed", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+class RowCache(Cache):
+    """Keys and values of a packed row, its prefix's first: per layer (1, kv heads, P + L, D)."""
+
+    def __init__(self, prefix: "RowCache | None" = None):
+        super().__init__(layers=[])
+        self.prefix, self.kv = prefix, []
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        """Called by the model's attention; returns what this row attends to."""
+        if self.prefix is not None:
+            old_key, old_value = self.prefix.kv[layer_idx]
+            key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
+        self.kv.append((key, value))
+        return key, value
+
+
+class SlotCache(Cache):
+    """Keys and values of the samples being decoded, a slot each, in buffers that stay put."""
+
+    def __init__(self, slots: int, columns: int, like: RowCache, device: torch.device):
+        super().__init__(layers=[])
+        # Zeros, not empty: a masked column still meets a weight of 0, and 0 * NaN is NaN.
+        fresh = lambda t: torch.zeros(
+            slots, t.shape[1], columns, t.shape[3], dtype=t.dtype, device=device
+        )
+        self.kv = [(fresh(key), fresh(value)) for key, value in like.kv]
+        self.slots, self.slot = slots, torch.arange(slots, device=device)
+        # Tokens held, which is the next column; and the columns in use by the longest.
+        self.length, self.width = torch.zeros(slots, dtype=torch.long, device=device), 0
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        """(active, kv heads, 1, D): write each sample's new token in its own next column."""
+        n = key.shape[0]
+        keys, values = self.kv[layer_idx]
+        keys[self.slot[:n], :, self.length[:n]] = key[:, :, 0]
+        values[self.slot[:n], :, self.length[:n]] = value[:, :, 0]
+        return keys[:n, :, : self.width], values[:n, :, : self.width]
+
+    def fill(self, slot: int, row: RowCache, path: Tensor) -> None:
+        """Start a sample in `slot` from the packed prompts' keys and values."""
+        for (keys, values), (k, v) in zip(self.kv, row.kv):
+            keys[slot, :, : len(path)] = k[0, :, path]
+            values[slot, :, : len(path)] = v[0, :, path]
+        self.length[slot] = len(path)
+
+    def move(self, source: int, slot: int, held: int) -> None:
+        """Copy a sample of `held` tokens into another slot, so that the active stay in front."""
+        for keys, values in self.kv:
+            keys[slot, :, :held] = keys[source, :, :held]
+            values[slot, :, :held] = values[source, :, :held]
+        self.length[slot] = self.length[source]
+
+
+# ------------------------------------------------------------------------------ the head
+
+
+class Head:
+    """logits = cap tanh(scale W hidden / cap): Gemma's cap, Granite's and Cohere's scale."""
+
+    def __init__(self, module, cap: float | None):
+        self.module, self.cap, self.scale = module, cap, 1.0
+        self.chunk = max(1, HEAD_CHUNK // len(module.weight))
+
+    def fit(self, raw: Tensor, exact: Tensor) -> None:
+        """The scale, from products W hidden and the model's own logits."""
+        bent = self.cap * (exact / self.cap).atanh() if self.cap else exact
+        scale = ((bent * raw).sum() / raw.square().sum()).item()
+        self.scale = 1.0 if abs(scale - 1) < 1e-2 else scale
+
+    def logits_and_slope(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(..., d) -> (..., V) in fp32, and d logits / d (W hidden), None where that is 1"""
+        logits, slope = self.module(hidden).float(), None
+        if self.scale != 1:
+            slope = torch.full_like(logits, self.scale)
+            logits.mul_(self.scale)
+        if self.cap:
+            bent = logits.div_(self.cap).tanh_()
+            slope = (1 - bent.square()) * (1 if slope is None else slope)
+            logits = bent * self.cap
+        return logits, slope
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., V) in fp32"""
+        return self.logits_and_slope(hidden)[0]
+
+
+class TokenLogProb(torch.autograd.Function):
+    """log p(target | hidden) without ever holding the full logits.
+
+    The head W is frozen, so d log p(t) / d hidden = (W[t] - softmax(W hidden) W) / temperature is
+    known as soon as the logits are: computed in the forward pass, chunk by chunk, and kept in
+    place of them: (N, d) for (N, V).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: "Head", targets: Tensor, temperature: float):
+        """hidden (N, d), targets (N,) -> (N,) in fp32"""
+        out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight = head.module.weight
+        for at in range(0, len(hidden), head.chunk):
+            h, t = hidden[at : at + head.chunk], targets[at : at + head.chunk, None]
+            logits, slope = head.logits_and_slope(h)
+            logits.div_(temperature).sub_(logits.amax(-1, keepdim=True))
+            target = logits.gather(1, t)
+            # In place from here on: a fresh tensor of this size costs more than the arithmetic.
+            odds = logits.exp_()
+            total = odds.sum(-1, keepdim=True)
+            out[at : at + head.chunk] = (target - total.log())[:, 0]
+            if grad is None:
+                continue
+            odds.div_(total)
+            own = weight[t[:, 0]]
+            if slope is not None:
+                odds.mul_(slope)
+                own = own * slope.gather(1, t).to(own.dtype)
+            grad[at : at + head.chunk] = (own - odds.to(weight.dtype) @ weight) / temperature
+        ctx.save_for_backward(grad)
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        """(N,) -> (N, d)"""
+        (grad,) = ctx.saved_tensors
+        return upstream[:, None].to(grad.dtype) * grad, None, None, None
+
+
+def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """rl.pick, faster: logits (B, V), draws (B,) in (0, 1] -> ids (B,). Overwrites the logits."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    weight = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+    weight = F.pad(weight, (0, -weight.shape[1] % PICK_BLOCK))
+    # First which block of the vocabulary, then which token in it: a running sum over V is slow.
+    blocks = weight.unflatten(1, (-1, PICK_BLOCK))
+    upto = blocks.sum(-1).cumsum(-1)
+    target = uniform[:, None] * upto[:, -1:]
+    block = torch.searchsorted(upto, target)
+    inside = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1)
+    before = F.pad(upto, (1, 0)).gather(1, block)
+    # Rounding may leave the target a hair above the block's own total, or at nothing.
+    target = torch.minimum(target - before, inside[:, -1:])
+    target = target.clamp_min(torch.finfo(target.dtype).tiny)
+    return (block * PICK_BLOCK + torch.searchsorted(inside, target))[:, 0]
+
+
+# ------------------------------------------------------------------------------ sampling
+
+
+class Sampler:
+    """The batch being decoded. Finished samples make room for waiting ones, then it shrinks.
+
+    Sample i * n + k is the k-th of prompt i. `active[s]` is the sample in slot s; the slots in
+    use are always the first ones, so that a step computes on views of the cache.
+    """
+
+    def __init__(self, engine, prompts: list, uniform: Tensor, temperature: float, limits=None):
+        self.engine, self.temperature = engine, temperature
+        device, self.n, longest = engine.device, uniform.shape[1], uniform.shape[2]
+        self.look = LOOK_EVERY[device.type]
+        # Samples run on until somebody looks; what is past their end is cut off later.
+        self.uniform = F.pad(uniform.flatten(0, 1), (0, self.look), value=0.5).to(device)
+        total, steps = self.uniform.shape
+        self.out = torch.zeros(total, steps, dtype=torch.long, device=device)
+        self.limit = torch.tensor(limits or [longest] * total, device=device)
+        self.eos = torch.tensor(sorted(engine.eos), dtype=torch.long, device=device)
+        self.over = torch.zeros(total, dtype=torch.bool, device=device)
+        self.longest = max(map(len, prompts)) + steps
+        # Tokens that all prompts share and no slot holds, see attention_after.
+        self.first = 0
+        self.active: list[int] = []
+        # Tokens held per slot, known without asking the device.
+        self.held: list[int] = []
+        self.cache: SlotCache | None = None
+        self.starts = self._starts(prompts)
+        while self.cache is None or len(self.active) < self.cache.slots:
+            if not self._begin(len(self.active)):
+                break
+
+    def _starts(self, prompts: list) -> Iterator[tuple]:
+        """(sample, its first token, the packed prompts' cache, the prompt's columns in it)"""
+        for row, cache, hidden in self.engine.prefill(prompts):
+            far = row.prefix >= SHARED_FROM and self.engine.window >= self.longest
+            self.first = row.prefix if far else 0
+            for i, path in zip(row.members, row.paths):
+                samples = range(i * self.n, (i + 1) * self.n)
+                logits = self.engine.head.logits(hidden[path[-1]]).repeat(self.n, 1)
+                draws = self.uniform[samples.start : samples.stop, 0]
+                tokens = pick(logits, draws, self.temperature)
+                columns = np.concatenate([np.arange(self.first, row.prefix), row.prefix + path])
+                columns = torch.from_numpy(columns).to(self.engine.device)
+                for sample, token in zip(samples, tokens):
+                    yield sample, token, cache, columns
+
+    def _begin(self, slot: int) -> bool:
+        """Put the next waiting sample into a slot; False if none waits."""
+        start = next(self.starts, None)
+        if start is None:
+            return False
+        sample, token, prefilled, columns = start
+        if self.cache is None:
+            self._make_room(prefilled)
+        self.cache.fill(slot, prefilled, columns)
+        self.active[slot : slot + 1], self.held[slot : slot + 1] = [sample], [len(columns)]
+        self.sample[slot], self.count[slot], self.token[slot] = sample, 1, token
+        self.out[sample, 0] = token
+        self.over[sample] = torch.isin(token, self.eos) | (self.limit[sample] <= 1)
+        return True
+
+    def _make_room(self, like: RowCache) -> None:
+        room, device = self.longest - self.first, self.engine.device
+        per_token = sum(k[0, :, 0].nbytes + v[0, :, 0].nbytes for k, v in like.kv)
+        most = int(self.engine.kv_bytes() / (per_token * room))
+        slots = max(1, min(most, self.engine.slots, len(self.limit)))
+        self.cache = SlotCache(slots, room, like, device)
+        self.shared = like.prefix if self.first else None
+        zeros = torch.zeros(3, slots, dtype=torch.long, device=device)
+        self.sample, self.count, self.token = zeros
+
+    def next_logits(self) -> Tensor:
+        """(active, V) of every active sample's next token; its last one enters the cache."""
+        n, cache = len(self.active), self.cache
+        cache.width = max(self.held) + 1
+        length = cache.length[:n]
+        sight = SlotSight(length, cache.width, self.engine.dtype, self.shared)
+        out = self.engine.decoder(
+            input_ids=self.token[:n, None],
+            position_ids=self.first + length[:, None],
+            attention_mask=sight.handle(),
+            cache=cache,
+            use_cache=True,
+        )
+        length += 1
+        self.held = [h + 1 for h in self.held]
+        return self.engine.head.logits(out.last_hidden_state[:, 0])
+
+    def step(self) -> None:
+        """One token for every active sample; no value is read back from the device."""
+        n = len(self.active)
+        sample, count = self.sample[:n], self.count[:n]
+        token = pick(self.next_logits(), self.uniform[sample, count], self.temperature)
+        self.token[:n] = self.out[sample, count] = token
+        count += 1
+        self.over[sample] |= torch.isin(token, self.eos) | (count >= self.limit[sample])
+
+    def retire(self) -> None:
+        """Replace the finished samples by waiting ones, else by the last active ones."""
+        over = self.over[self.sample[: len(self.active)]].tolist()
+        # From the back: a sample that moves forward has been looked at.
+        for slot in reversed(range(len(over))):
+            if not over[slot] or self._begin(slot):
+                continue
+            last = len(self.active) - 1
+            if slot != last:
+                self.cache.move(last, slot, self.held[last])
+                for state in (self.sample, self.count, self.token):
+                    state[slot] = state[last]
+                self.active[slot], self.held[slot] = self.active[last], self.held[last]
+            self.active.pop()
+            self.held.pop()
+
+    def run(self) -> list[list[int]]:
+        """Decode all; a row a sample, which may run on past its end."""
+        while self.active:
+            for _ in range(self.look):
+                self.step()
+            self.retire()
+        return self.out[:, : -self.look].tolist()
+
+
+# ------------------------------------------------------------------------------ the engine
+
+
+class PackedEngine:
+    """rl.PlainEngine's methods over packed rows of at most `token_budget` distinct tokens."""
+
+    def __init__(self, model, layers, eos, token_budget=2048, slots=0, activation_mib=0):
+        self.model, self.layers, self.eos, self.token_budget = model, layers, eos, token_budget
+        self.device, self.dtype = model.device, model.dtype
+        self.cuda = self.device.type == "cuda"
+        self.slots, self.activation_mib = slots or SLOTS[self.device.type], activation_mib
+        self.decoder, self.config = model.get_decoder(), model.config.get_text_config(decoder=True)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        self.head = Head(model.get_output_embeddings(), cap)
+        # The smallest window of any layer, 0 where what all share cannot be attended to in one
+        # place; and how many of the last layers are recomputed.
+        self.window, self.recomputed, self.recompute_all = float("inf"), 0, False
+        for place, layer in enumerate(reversed(layers), 1):
+            layer.forward = self._recomputing(layer.forward, place)
+
+    # -------------------------------------------- the three methods
+
+    @torch.no_grad()
+    def sample(self, prompts: list, uniform: Tensor, temperature: float) -> list[list[list[int]]]:
+        """As rl.PlainEngine.sample, many at a time; rows may run on past their EOS."""
+        trim()
+        rows = Sampler(self, prompts, uniform, temperature).run()
+        n = uniform.shape[1]
+        return [rows[i : i + n] for i in range(0, len(rows), n)]
+
+    def logprobs(self, pairs: list, temperature: float = 1.0) -> Iterator[tuple[list, list]]:
+        """As rl.PlainEngine.logprobs, a packed row at a time."""
+        trim()
+        for row in pack([prompt + done[:-1] for prompt, done in pairs], self.token_budget):
+            hidden = self._forward(row)
+            # The token at path position j predicts the one at j + 1: completions start at the
+            # prompt's last token.
+            starts, sizes = zip(*((len(pairs[i][0]) - 1, len(pairs[i][1])) for i in row.members))
+            spans = zip(row.paths, starts, sizes)
+            nodes = np.concatenate([path[start : start + size] for path, start, size in spans])
+            targets = torch.tensor([t for i in row.members for t in pairs[i][1]], dtype=torch.long)
+            at, to = torch.from_numpy(nodes).to(self.device), targets.to(self.device)
+            flat = TokenLogProb.apply(hidden[at], self.head, to, temperature)
+            yield row.members, list(flat.split(sizes))
+
+    @torch.no_grad()
+    def next_probabilities(self, prompts: list, tokens: list[int]) -> Tensor:
+        """As rl.PlainEngine.next_probabilities, shared prefixes once."""
+        out = torch.empty(len(prompts), len(tokens))
+        for row, _, hidden in self.prefill(prompts):
+            last = torch.tensor([int(path[-1]) for path in row.paths], device=self.device)
+            parts = hidden[last].split(self.head.chunk)
+            chunks = [self.head.logits(h).softmax(-1)[:, tokens] for h in parts]
+            out[row.members] = torch.cat(chunks).cpu()
+        return out
+
+    def use_less_memory(self) -> bool:
+        """Recompute all activations first, then halve the rows and the slots."""
+        if not self.recompute_all:
+            self.recompute_all = True
+        elif self.token_budget > MIN_BUDGET or self.slots > 1:
+            self.token_budget = max(MIN_BUDGET, self.token_budget // 2)
+            self.slots = max(1, self.slots // 2)
+        else:
+            return False
+        return True
+
+    # -------------------------------------------- forward passes
+
+    def _forward(self, row: Row, cache: RowCache | None = None) -> Tensor:
+        """A packed row -> hidden states (L, d)"""
+        self.recomputed = self._layers_to_recompute(len(row.tokens))
+        ids, depth = (torch.from_numpy(x).to(self.device)[None] for x in (row.tokens, row.depth))
+        sight = RowSight(row, self.device, self.dtype, by_runs=not self.cuda)
+        cached = dict(cache=cache, use_cache=cache is not None)
+        mask = sight.handle()
+        out = self.decoder(input_ids=ids, position_ids=depth, attention_mask=mask, **cached)
+        return out.last_hidden_state[0]
+
+    @torch.no_grad()
+    def prefill(self, prompts: list) -> Iterator[tuple[Row, RowCache, Tensor]]:
+        """What all prompts share once, then the rest row by row: (row, cache, hidden (L, d))"""
+        shared, cache = 0, None
+        if len(prompts) > 1:
+            first, last = np.asarray(min(prompts)), np.asarray(max(prompts))
+            shared = min(common_prefix(first, last), min(map(len, prompts)) - 1)
+        if shared:
+            cache = RowCache()
+            self._forward(next(pack([prompts[0][:shared]], self.token_budget)), cache)
+        for row in pack(prompts, self.token_budget, shared):
+            own = RowCache(cache)
+            yield row, own, self._forward(row, own)
+
+    # -------------------------------------------- memory
+
+    def free_bytes(self) -> int:
+        """Of the GPU's memory: what the driver has, and what torch holds without using it."""
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + held
+
+    def kv_bytes(self) -> float:
+        """What the keys and values of the samples being decoded may take."""
+        return 0.5 * self.free_bytes() if self.cuda else CPU_KV_MIB * 2**20
+
+    def _recomputing(self, forward, place: int):
+        """A layer's forward that keeps no activations if its place from the end says so."""
+
+        def run(*args, **kwargs):
+            if place <= self.recomputed:
+                how = dict(use_reentrant=False, preserve_rng_state=False)
+                return checkpoint(forward, *args, **how, **kwargs)
+            return forward(*args, **kwargs)
+
+        return run
+
+    def _layers_to_recompute(self, tokens: int) -> int:
+        """How many layers must drop their activations for a row of so many tokens to fit."""
+        layers = len(self.layers)
+        if not torch.is_grad_enabled():
+            return 0
+        if self.recompute_all:
+            return layers
+        limit = (self.activation_mib or CPU_ACTIVATION_MIB) * 2**20
+        if self.cuda and not self.activation_mib:
+            limit = 0.5 * self.free_bytes()
+        # Kept per token and layer, in vectors of the hidden and of the inner size: counted on a
+        # Llama by saved-tensor hooks.
+        inner = getattr(self.config, "intermediate_size", 4 * self.config.hidden_size)
+        kept = tokens * (9 * self.config.hidden_size + 4 * inner) * self.dtype.itemsize
+        return layers - min(layers, int(limit / kept))
+
+    # -------------------------------------------- is it exact?
+
+    @classmethod
+    def of(cls, model, layers, eos: set[int], **limits) -> "PackedEngine | None":
+        """The engine, if it gives this model's own logits; None if not, which it says aloud."""
+        before = model.config._attn_implementation
+        try:
+            engine = cls(model, layers, eos, **limits)
+            reason = engine.fault()
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        if not reason:
+            return engine
+        print(f"  plain engine, slower: packing is not exact for this model ({reason})")
+        model.set_attn_implementation(before)
+        return None
+
+    @torch.no_grad()
+    def fault(self) -> str:
+        """What is wrong with our logits, against the model itself under eager attention; or ""."""
+        kinds = set(getattr(self.config, "layer_types", None) or ()) - {
+            "full_attention",
+            "sliding_attention",
+        }
+        if kinds:
+            return f"layers of {', '.join(sorted(kinds))}"
+        draw = np.random.default_rng(0).integers(5, min(200, self.config.vocab_size), 140).tolist()
+        # Two that share enough to be read in one place, and branches that must not see each other.
+        sequences = [draw[:134], draw[:130] + draw[134:]]
+        self.model.set_attn_implementation("eager")
+        exact = [self._plain_logits(s) for s in sequences]
+        self.model.set_attn_implementation("packed")
+        ours = [torch.empty(0)] * 2
+        WINDOWS.clear()
+        BENDS.clear()
+        for row in pack(sequences, self.token_budget):
+            hidden = self._forward(row)
+            for i, path in zip(row.members, row.paths):
+                ours[i] = hidden[torch.from_numpy(path).to(self.device)]
+        self.head.fit(torch.cat([self.head.module(h).float() for h in ours]), torch.cat(exact))
+        ours = [self.head.logits(h) for h in ours]
+        windows = {w for w in WINDOWS if w}
+        self.window = 0 if BENDS else min(windows, default=self.window)
+        declared = getattr(self.config, "sliding_window", None)
+        if "sliding_attention" in (getattr(self.config, "layer_types", None) or ()):
+            if declared not in windows:
+                return f"a window of {declared} that attention is not told of"
+        sampler = Sampler(self, sequences, torch.full((2, 1, 4), 0.5), 0.0)
+        for slot, sample in enumerate(sampler.active):
+            begun = sequences[sample] + [int(sampler.token[slot])]
+            self.model.set_attn_implementation("eager")
+            exact.append(self._plain_logits(begun)[-1:])
+            self.model.set_attn_implementation("packed")
+        ours += list(sampler.next_logits().split(1))
+        largest = max(e.abs().max().item() for e in exact)
+        off = max((a - b).abs().max().item() for a, b in zip(ours, exact)) / largest
+        return "" if off < TOLERANCE[self.dtype] else f"logits off by {off:.1%} of the largest"
+
+    def _plain_logits(self, ids: list[int]) -> Tensor:
+        """(T, V) in fp32, by the model as it is"""
+        ids = torch.tensor([ids], device=self.device)
+        return self.model(ids, use_cache=False).logits[0].float()

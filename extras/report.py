@@ -1,0 +1,225 @@
+"""report.py: what a run shows of itself while it goes: its log, figures beside the bar, held-out
+accuracy, a table with a line a turn, and samples.md.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+
+import judge
+from extras import eval as evaluation
+from prompts import messages
+
+# Samples of each turn and stage in samples.md: the last ones.
+SAMPLES = 6
+
+
+def show(run, done: dict) -> dict:
+    """A finished unit -> its line of log.jsonl; the figures that matter go beside the bar."""
+    stage = run.unit["stage"]
+    kinds = {"instructor": proposals, "follower": answers, "questions": questions}
+    kinds |= {"qualification": qualified, "evaluation": turn_end}
+    row = kinds[stage](run, done) | {"seconds": dict(done["seconds"])}
+    run.bar.set_postfix_str(bar_text(row))
+    if stage == "evaluation":
+        log = [row for _, row in messages.read_jsonl(run.folder / "log.jsonl")]
+        last = run.unit | row | {"wall": time.time() - run.begun}
+        run.bar.write(turn_table([*log, last]))
+        write_samples(run.folder, log)
+    return row
+
+
+def proposals(run, done: dict) -> dict:
+    """An Instructor's step."""
+    samples = [s for group in done["groups"] for s in group]
+    valid = [s.question for s in samples if not s.reason]
+    return step(run, done) | {
+        "valid": len(valid) / len(samples),
+        "parsed": sum(s.question is not None for s in samples) / len(samples),
+        "frozen_follower_r": mean_r([a for a, _ in done["answers"]]),
+        "rejected": dict(Counter(s.reason for s in samples if s.reason)),
+        **types(valid),
+    }
+
+
+def answers(run, done: dict) -> dict:
+    """A Follower's step."""
+    samples = [s for group in done["groups"] for s in group]
+    return step(run, done) | {"missing": sum(s.reward is None for s in samples) / len(samples)}
+
+
+def step(run, done: dict) -> dict:
+    """What answers "is it training?", the same for both stages."""
+    samples = [s for group in done["groups"] for s in group]
+    tell_if_idle(run, samples, done["metrics"])
+    rewards = [s.reward for s in samples if s.reward is not None] or [math.nan]
+    tokens, cuda = sum(len(s.tokens) for s in samples), torch.cuda.is_available()
+    held = torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss
+    return {
+        "reward": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "length": tokens / len(samples),
+        "truncated": sum(not s.ended for s in samples) / len(samples),
+        "tokens_per_second": tokens / done["seconds"]["rollout"],
+        # The GPU's peak, else what the process holds.
+        "memory_mib": held >> 20,
+        "samples": [sample(answer, reward) for answer, reward in done["answers"][:2]],
+        **done["metrics"],
+    }
+
+
+# Stage -> steps in a row whose rewards all tied.
+IDLE: Counter = Counter()
+MOST_IDLE = 3
+
+
+def tell_if_idle(run, samples: list, metrics: dict) -> None:
+    """A stage whose first steps have nothing to learn from says so, with the commonest reason."""
+    stage = run.unit["stage"]
+    IDLE[stage] = 0 if metrics["updates"] or metrics["skipped"] else IDLE[stage] + 1
+    if IDLE[stage] == MOST_IDLE:
+        reason, count = Counter(why_nothing(stage, s) for s in samples).most_common(1)[0]
+        share = f"{count / len(samples):.0%} of the samples: {reason}"
+        tqdm.write(f"{stage}: {MOST_IDLE} steps in a row with nothing to learn from; {share}")
+
+
+def why_nothing(stage: str, sample) -> str:
+    """What a sample's reward is due to, and what to change."""
+    if sample.reason:
+        return f"{sample.reason}; try more --shots, another --filter, or a larger --model"
+    if stage == "follower" and not sample.ended:
+        return "cut at the limit; raise --max-new-tokens"
+    if stage == "follower" and not sample.answer:
+        return "not in the form; try --no-think"
+    if sample.reward is None:
+        return "no verdict, the Judger says neither yes nor no; try --hard-share 1"
+    return f"a reward of {sample.reward:.2f} like the others; raise --group or --temperature"
+
+
+def qualified(run, done: dict) -> dict:
+    """What the Judger's and the Filter's verdicts are worth, and what follows."""
+    follows = ("believed", "soft constraints would be noise and are not drawn; --trust-judger does")
+    if run.cfg.trust_judger:
+        follows = ("believed", "trusted all the same")
+    say("Judger", run.judger, *follows)
+    say("Filter", run.filter, "believed", "proposals are filtered by code alone")
+    return {"judger": done["judger"], "filter": done["filter"]}
+
+
+def say(name: str, ranking: judge.Ranking, yes: str, no: str) -> None:
+    """One line on a role that gives verdicts."""
+    figures = f"AUC {ranking.auc:.2f} ({ranking.low:.2f} to {ranking.high:.2f})"
+    then = f"{yes} from P(yes) {ranking.threshold:.2f} on" if ranking.believed else no
+    tqdm.write(f"{name}: {figures} on {ranking.cases} verdicts that rules know; {then}")
+
+
+def questions(run, done: dict) -> dict:
+    """q_T: how many were accepted, why the others were not."""
+    accepted, rejected = done["questions"], done["rejected"]
+    share = len(accepted) / (len(accepted) + rejected.total())
+    row = {"questions": len(accepted), "acceptance": share, "rejected": dict(rejected)}
+    return row | types(accepted)
+
+
+def turn_end(run, done: dict) -> dict:
+    """The difficulty of q_T, and the accuracy on held-out rows."""
+    place, base_file = run.folder / f"turn{run.unit['turn']}", run.folder / "base.json"
+    if not base_file.exists():
+        base, records = evaluation.evaluate(run.policy, None, run.heldout, run.cfg)
+        evaluation.write_rows(run.folder / "heldout_base.jsonl", records)
+        base_file.write_text(json.dumps(base))
+    follower, records = evaluation.evaluate(run.policy, "follower", run.heldout, run.cfg)
+    evaluation.write_rows(place / "heldout.jsonl", records)
+    row = {"heldout_base": json.loads(base_file.read_text()), "heldout_follower": follower}
+    return row | {"base_r_on_questions": mean_r(done["answers"])}
+
+
+def mean_r(samples: list) -> float | None:
+    """The mean r of the answers that ended and have a verdict; None if there are none."""
+    done = [judge.satisfaction(s.verdicts) for s in samples if s.answer and s.ended]
+    known = [r for r in done if r is not None]
+    return statistics.fmean(known) if known else None
+
+
+def constraint_type(constraint: str) -> str:
+    """The rule's id without its group, or "open": "Use no commas." -> "no_comma"."""
+    rule = judge.recognise(constraint)
+    return rule[0].split(":")[1] if rule else "open"
+
+
+def types(questions: list) -> dict[str, float | str]:
+    """Entropy in bits of the constraint types, and the commonest: how a collapse shows."""
+    kinds = [constraint_type(c) for q in questions for c in q.constraints]
+    shares = {t: kinds.count(t) / len(kinds) for t in set(kinds)}
+    top = max(shares, key=lambda t: (shares[t], t), default="")
+    entropy = -sum(p * math.log2(p) for p in shares.values()) + 0.0
+    return {"type_entropy": entropy, "top_type": top, "top_share": shares.get(top, 0.0)}
+
+
+def sample(answer, reward: float | None) -> dict:
+    """An answer for people: each constraint with its verdict and who gave it."""
+    judged = [(c, v.value, v.by) for c, v in zip(answer.question.constraints, answer.verdicts)]
+    about = {"seed": answer.question.seed, "answer": answer.answer, "reward": reward}
+    return about | {"constraints": judged}
+
+
+def bar_text(row: dict) -> str:
+    """The figures that matter."""
+    if "reward" in row:
+        text = f"reward {row['reward']:.3f}, len {row['length']:.0f}, cut {row['truncated']:.0%}"
+        text += f", tied {row['tied']:.0%}, {row['tokens_per_second']:.0f} tok/s"
+        if "kl" not in row:
+            return f"{text}, no update"
+        return f"{text}, kl {row['kl']:.4f}, grad {row['grad_norm']:.2f}"
+    if "judger" in row:
+        judger, filter = (row[role]["auc"] for role in ("judger", "filter"))
+        return f"AUC of the Judger {judger:.2f}, of the Filter {filter:.2f}"
+    if "acceptance" in row:
+        return f"{row['questions']} accepted, {row['acceptance']:.0%} of attempts"
+    return f"held-out {row['heldout_follower']['instruction_strict']:.1%}"
+
+
+def turn_table(rows: list[dict]) -> str:
+    """One line a turn, from the lines of log.jsonl."""
+    head = "turn  instr. reward  valid  accepted  q_T  base r  AUC  follower reward    kl"
+    lines = [head + "  held-out base -> follower  minutes"]
+    for last in (row for row in rows if row["stage"] == "evaluation"):
+        mine = [row for row in rows if row["turn"] == last["turn"]]
+        made = next(row for row in mine if row["stage"] == "questions")
+        teach, learn = ([r for r in mine if r["stage"] == s] for s in ("instructor", "follower"))
+        span = lambda steps: " -> ".join(f"{steps[i]['reward']:.2f}" for i in (0, -1) if steps)
+        valid = f"{sum(r['valid'] for r in teach) / len(teach):.0%}" if teach else "-"
+        tried = [r["judger"]["auc"] for r in mine if "judger" in r]
+        auc = f"{tried[0]:.2f}" if tried else "-"
+        base_r, kl = last["base_r_on_questions"], [0.0, *(r["kl"] for r in learn if "kl" in r)][-1]
+        before, after = (last[f"heldout_{k}"]["instruction_strict"] for k in ("base", "follower"))
+        r = "-" if base_r is None else f"{base_r:.2f}"
+        minutes = sum(r["wall"] for r in mine) / 60
+        line = f"{last['turn']:4}  {span(teach) or '-':>13}  {valid:>5}  {made['acceptance']:>8.0%}"
+        line += f"  {made['questions']:>3}  {r:>6} {auc:>4}  {span(learn) or '-':>15}  {kl:.3f}"
+        lines.append(f"{line}  {before:>13.1%} -> {after:<10.1%}  {minutes:>6.1f}")
+    return "\n".join(lines)
+
+
+def write_samples(folder: Path, rows: list[dict]) -> None:
+    """samples.md: the latest samples of each turn and stage, to be read by people."""
+    groups: dict[tuple, list] = {}
+    for row in rows:
+        groups.setdefault((row["turn"], row["stage"]), []).extend(row.get("samples", []))
+    lines = ["# Samples", "", "Verdicts: + satisfied, - not, ? missing; who gave them in brackets."]
+    for (turn, stage), samples in groups.items():
+        lines += ["", f"## Turn {turn}, {stage}"] if samples else []
+        for sample in samples[-SAMPLES:]:
+            reward = "none" if sample["reward"] is None else f"{sample['reward']:.2f}"
+            lines += ["", f"**{sample['seed']}** (reward {reward})", ""]
+            for constraint, value, by in sample["constraints"]:
+                lines.append(f"- `{ {None: '?', 0.0: '-', 1.0: '+'}[value] }` {constraint} ({by})")
+            lines += ["", *(f"    {line}" for line in sample["answer"].split("\n"))]
+    (folder / "samples.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

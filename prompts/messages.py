@@ -1,0 +1,186 @@
+"""messages.py: questions and files that are read, and what the four roles are told.
+
+A role's prompt is a list of chat messages; a last one of the assistant's is the beginning of its
+answer. The wording is in the .txt files beside this one.
+"""
+
+import csv
+import io
+import json
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+PROMPTS = Path(__file__).parent
+# Constraints asked for, as in SEIF: machine-checkable ones, open ones.
+KINDS = {"hard": 3, "soft": 5}
+
+
+class InputError(ValueError):
+    """Something the user can mend; the text names the file, the line and the mend."""
+
+
+# ------------------------------------------------------------ questions, files
+@dataclass(frozen=True)
+class Question:
+    """A row of q_T: a seed question and the constraints an Instructor added to it."""
+
+    seed: str
+    kind: str
+    constraints: tuple[str, ...]
+
+    @property
+    def instruction(self) -> str:
+        """What the Follower is asked: the seed, then one constraint a line."""
+        return self.seed + "\n" + "\n".join(self.constraints)
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file's text, without a byte order mark."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({why}); give a UTF-8 file") from error
+
+
+def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
+    """(line number, object) of every non-empty line; the first line that is none is an error."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: a JSON object is needed, not {line[:40]!r}")
+        rows.append((number, whole_text(row)))
+    return rows
+
+
+def whole_text(value):
+    """JSON with lone surrogates, which no tokenizer takes, replaced: "\\ud83d" -> "\\ufffd"."""
+    text = json.dumps(value, ensure_ascii=False)
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Lines {"seed", "kind", "constraints"} -> questions; the line that is not so is an error."""
+    questions = []
+    for number, row in read_jsonl(path):
+        seed, kind, constraints = (row.get(key) for key in ("seed", "kind", "constraints"))
+        listed = isinstance(constraints, list) and all(isinstance(c, str) for c in constraints)
+        if not isinstance(seed, str) or kind not in list(KINDS) or not listed:
+            needs = "seed, kind (hard or soft) and constraints, a list of texts"
+            raise InputError(f"{path}, line {number}: needs {needs}")
+        questions.append(Question(seed, kind, tuple(constraints)))
+    return questions
+
+
+def read_seeds(path: str | Path) -> list[str]:
+    """Seed questions, by content: JSON lines, CSV with a header, parquet, or text, one a line.
+
+    A row's seed is its "seed_question", else its "prompt" or "question".
+    """
+    seeds = []
+    for number, row in _seed_rows(Path(path)):
+        texts = [row.get(key) for key in ("seed_question", "prompt", "question")]
+        text = next((t for t in texts if isinstance(t, str) and t.strip()), None)
+        if text is None:
+            needs = 'a text under "prompt", "question" or "seed_question"'
+            raise InputError(f"{path}, line {number}: needs {needs}")
+        seeds.append(text.strip())
+    if not seeds:
+        raise InputError(f"{path}: no seed questions in it; give at least one")
+    return list(dict.fromkeys(seeds))
+
+
+def _seed_rows(path: Path) -> list[tuple[int, dict]]:
+    if path.is_file() and path.open("rb").read(4) == b"PAR1":
+        return _parquet_rows(path)
+    text = read_text(path)
+    lines = text.split("\n")
+    if any(line.lstrip().startswith("{") for line in lines):
+        return read_jsonl(path)
+    csv.field_size_limit(len(text) + 1)
+    try:
+        rows = csv.reader(io.StringIO(text))
+        columns = [name.strip().lower() for name in next(rows, [])]
+        if len(columns) > 1 and {"seed_question", "prompt", "question"} & set(columns):
+            return [(rows.line_num, dict(zip(columns, row))) for row in rows if row]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
+    return [(i, {"prompt": line}) for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parquet_rows(path: Path) -> list[tuple[int, dict]]:
+    try:
+        import pandas
+
+        rows = pandas.read_parquet(path).to_dict("records")
+    except ImportError as error:
+        raise InputError(f"{path}: parquet needs pip install pandas pyarrow ({error})") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({error})") from error
+    return list(enumerate(rows, 1))
+
+
+# ------------------------------------------------------------ what the roles are told
+@cache
+def prompt_text(name: str) -> str:
+    """prompts/<name>.txt."""
+    return read_text(PROMPTS / f"{name}.txt").strip()
+
+
+@cache
+def instructor_examples(kind: str) -> list[Question]:
+    """The worked examples that show an Instructor what is wanted."""
+    return [q for q in read_questions(PROMPTS / "instructor_examples.jsonl") if q.kind == kind]
+
+
+def _say(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+# The Instructor's answer is begun for it: a small model would else answer the question.
+OPENING = {"hard": '{"c1": "Your answer must', "soft": '{"c1": "'}
+
+
+def instructor_prompt(seed: str, kind: str, shots: int, draw: random.Random) -> list[dict]:
+    """A system line, worked examples as chat turns, the seed, and the answer's beginning."""
+    ask = "Write {} constraints on how to answer this question, as JSON.\nQuestion: {}"
+    messages = [_say("system", prompt_text(f"instructor_{kind}"))]
+    for example in draw.sample(instructor_examples(kind), shots):
+        proposal = {f"c{i}": c for i, c in enumerate(example.constraints, 1)}
+        messages.append(_say("user", ask.format(KINDS[kind], example.seed)))
+        messages.append(_say("assistant", json.dumps(proposal, ensure_ascii=False)))
+    seed_turn = _say("user", ask.format(KINDS[kind], seed))
+    return [*messages, seed_turn, _say("assistant", OPENING[kind])]
+
+
+def follower_prompt(instruction: str, think: bool) -> list[dict]:
+    """The same in training, evaluation and chat. With `think` its opening is given."""
+    user = _say("user", instruction)
+    if not think:
+        return [user]
+    return [_say("system", prompt_text("think")), user, _say("assistant", "<think>")]
+
+
+def filter_prompt(question: Question) -> list[dict]:
+    """Fixed text first, so that all instructions of a batch share it."""
+    constraints = "\n".join(question.constraints)
+    asked = f"{prompt_text('filter')}\n\nQuestion:\n{question.seed}\n\nConstraints:\n{constraints}"
+    return [_say("user", f"{asked}\n\nCan all of them be met together? Answer yes or no.")]
+
+
+def judger_prompt(question: Question, answer: str, constraint: str) -> list[dict]:
+    """Template, instruction, answer, constraint: what many verdicts share comes first."""
+    asked = (
+        f"{prompt_text('judger')}\n\n[INSTRUCTION]\n{question.instruction}\n[END OF INSTRUCTION]\n"
+        f"\n[ANSWER]\n{answer}\n[END OF ANSWER]\n\nConstraint to check: {constraint}\n"
+        "Does the answer satisfy this one constraint? Reply yes or no."
+    )
+    return [_say("user", asked)]

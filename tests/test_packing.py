@@ -1,0 +1,441 @@
+"""The packed engine equals the plain one, whose few lines anybody can check."""
+
+import sys
+import types
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import KINDS, OTHERS, make_model, randomise
+
+import rl
+from extras import cpu, packing
+
+CFG = types.SimpleNamespace(temperature=1.0, updates=1, kl=0.05)
+ENDS = set(range(0, 256, 16))  # frequent: samples finish, and are replaced, at different times
+TEXTS = ("Name a fruit.", "Name a tree please.", "Name a", "Sing!" * 12)
+
+
+def asks(*texts: str) -> list[list[dict]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def make_pairs(n: int = 9) -> list[tuple[list[int], list[int]]]:
+    """Prompts that share a template, completions of each, one of them twice, one empty."""
+    torch.manual_seed(1)
+    draw = lambda k: torch.randint(0, 250, (k,)).tolist()
+    template = draw(30)
+    prompts = [template + draw(5), template + draw(9), draw(4)]
+    pairs = [(prompts[i % 3], draw(3 + i) + ([258] if i % 2 else [])) for i in range(n)]
+    return [*pairs, pairs[0], (prompts[0], [])]
+
+
+def load(folder: str, engine: str, bits: int = 16, **limits) -> rl.Policy:
+    """fp32 on the CPU, where engines agree to many digits; its adapter is no longer zero."""
+    policy = rl.load(folder, bits=bits, engine=engine, device="cpu", **limits)
+    policy.add("follower")
+    randomise(policy, "follower")
+    return policy
+
+
+@pytest.fixture(scope="session")
+def twins(folders):
+    """(kind, bits) -> the packed and the plain policy of one model; monkeypatch what you change."""
+    made = {}
+
+    def get(kind: str, bits: int = 16) -> tuple[rl.Policy, rl.Policy]:
+        if (kind, bits) not in made:
+            made[kind, bits] = [load(folders(kind), engine, bits) for engine in ("packed", "plain")]
+        return made[kind, bits]
+
+    return get
+
+
+def tokens(policy: rl.Policy, messages, n: int, limit: int, temperature: float, seed: int = 0):
+    torch.manual_seed(seed)
+    with policy.using("follower"):
+        return [[s.tokens for s in g] for g in policy.sample(messages, n, limit, temperature)]
+
+
+def next_probabilities(policy: rl.Policy, prompts) -> torch.Tensor:
+    with policy.using("follower"):
+        return policy.engine.next_probabilities(prompts, [65, 70, 258])
+
+
+def logprobs(policy: rl.Policy, pairs, temperature: float = 0.7):
+    """Every pair's log-probabilities, and the gradient of a sum of them with uneven weights."""
+    parameters = list(policy.tensors("follower").values())
+    values = {}
+    for parameter in parameters:
+        parameter.grad = None
+    with policy.using("follower"):
+        for members, several in policy.engine.logprobs(pairs, temperature):
+            total = 0
+            for i, value in zip(members, several):
+                assert i not in values and value.dtype == torch.float32
+                values[i] = value.detach()
+                total = total + (value * (torch.arange(len(value)) % 5 - 1.5 + i % 2)).sum()
+            total.backward()
+    assert [len(values[i]) for i in range(len(pairs))] == [len(done) for _, done in pairs]
+    gradient = torch.cat([p.grad.flatten() for p in parameters])
+    return torch.cat([values[i] for i in range(len(pairs))]), gradient
+
+
+def assert_equal_logprobs(policy, exact, pairs):
+    values, gradient = logprobs(policy, pairs)
+    torch.testing.assert_close(values, exact[0], rtol=1e-4, atol=1e-4)
+    assert ((gradient - exact[1]).norm() / exact[1].norm()).item() < 1e-4
+
+
+def dense(monkeypatch) -> None:
+    """Attention under one dense mask, as on a GPU, instead of run by run."""
+    sight = packing.RowSight
+    forced = lambda row, device, dtype, by_runs: sight(row, device, dtype, by_runs=False)
+    monkeypatch.setattr(packing, "RowSight", forced)
+
+
+# ------------------------------------------------------------ packed = plain
+
+
+# On the CPU 4-bit layers are unpacked into ordinary ones: a few kinds stand for all.
+@pytest.mark.parametrize(
+    "kind, bits",
+    [
+        *((kind, 16) for kind in KINDS),
+        *((kind, 4) for kind in ("llama", "qwen2", "phi3", "gemma3")),
+    ],
+)
+def test_packed_equals_plain(twins, kind, bits, monkeypatch):
+    packed, plain = twins(kind, bits)
+    assert isinstance(packed.engine, packing.PackedEngine)
+    assert isinstance(plain.engine, rl.PlainEngine)
+    for temperature, texts in ((0.0, TEXTS[:2]), (0.9, TEXTS[1:])):
+        first, second = (tokens(p, asks(*texts), 3, 9, temperature) for p in (packed, plain))
+        assert first == second and all(1 <= len(t) <= 9 for g in first for t in g)
+    prompts = [packed.chat.encode(m) for m in asks(*TEXTS)] + [[9]]
+    ours, theirs = (next_probabilities(p, prompts) for p in (packed, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    pairs = make_pairs()
+    exact = logprobs(plain, pairs)
+    layers, chunk = len(packed.model.get_decoder().layers), packed.engine.head.chunk
+    for by_runs in (True, False):
+        if not by_runs:
+            dense(monkeypatch)
+        for budget, recompute, size in ((4096, False, 3), (60, True, chunk)):
+            monkeypatch.setattr(packed.engine, "token_budget", budget)
+            monkeypatch.setattr(packed.engine, "recompute_all", recompute)
+            monkeypatch.setattr(packed.engine.head, "chunk", size)
+            assert_equal_logprobs(packed, exact, pairs)
+            assert packed.engine.recomputed == layers * recompute
+        ours = next_probabilities(packed, prompts)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_that_packing_would_change_takes_the_plain_engine_and_says_so(
+    folders, kind, capsys
+):
+    policy = load(folders(kind), "packed")
+    said = capsys.readouterr().out
+    fell_back = type(policy.engine) is rl.PlainEngine
+    assert said.count("plain engine, slower: packing is not exact for this model") == fell_back
+    plain = load(folders(kind), "plain")
+    assert tokens(policy, asks(*TEXTS), 2, 8, 0.9) == tokens(plain, asks(*TEXTS), 2, 8, 0.9)
+    assert_equal_logprobs(policy, logprobs(plain, make_pairs(3)), make_pairs(3))
+
+
+@pytest.mark.parametrize("fault", ["window", "mask", "cache", "error"])
+def test_the_check_at_loading_notices_what_packing_gets_wrong(folders, fault, monkeypatch, capsys):
+    kind = "mistral-window" if fault == "window" else "llama"
+    run, fill = packing.RowSight._run, packing.SlotCache.fill
+    target, name, wrong = {
+        "window": (packing.RowSight, "_run", lambda *args: run(*args[:4], None)),
+        "mask": (packing.RowSight, "_run", lambda *args: run(*args[:3], args[3][:0], args[4])),
+        "cache": (packing.SlotCache, "fill", lambda *args: fill(*args[:3], args[3][1:])),
+        "error": (packing.RowSight, "attend", lambda *args: torch.zeros(2) @ torch.zeros(3)),
+    }[fault]
+    right = getattr(target, name)
+    monkeypatch.setattr(target, name, wrong)
+    policy = load(folders(kind), "packed")
+    assert type(policy.engine) is rl.PlainEngine
+    assert "plain engine, slower: packing is not exact for this model (" in capsys.readouterr().out
+    monkeypatch.setattr(target, name, right)
+    assert tokens(policy, asks("Hi"), 1, 8, 0) == tokens(
+        load(folders(kind), "plain"), asks("Hi"), 1, 8, 0
+    )
+
+
+def test_on_the_device_itself_the_engines_agree_within_its_rounding(folders):
+    policies = []
+    for engine in ("packed", "plain"):
+        policies.append(rl.load(folders("qwen3"), bits=16, engine=engine))
+        policies[-1].add("follower")
+        randomise(policies[-1], "follower")
+    assert isinstance(policies[0].engine, packing.PackedEngine)
+    prompts = [policies[0].chat.encode(m) for m in asks(*TEXTS)]
+    tolerance = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.2}
+    found = []
+    for policy in policies:
+        with policy.using("follower"), torch.no_grad():
+            pairs, values = make_pairs(), {}
+            for members, several in policy.engine.logprobs(pairs):
+                values |= {i: v.float().cpu() for i, v in zip(members, several)}
+            values = torch.cat([values[i] for i in range(len(pairs))])
+            found.append([values, policy.engine.next_probabilities(prompts, [65, 70])])
+    atol = tolerance[policies[0].model.dtype]
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+# ------------------------------------------------------------ sampling
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral-window", "gemma3", "phi"])
+def test_greedy_equals_transformers_generate(twins, kind, monkeypatch):
+    monkeypatch.setattr(packing, "SHARED_FROM", 1)  # what prompts share is read in one place
+    packed, plain = twins(kind)
+    for (completion,), message in zip(tokens(packed, asks(*TEXTS), 1, 16, 0.0), asks(*TEXTS)):
+        ids = torch.tensor([plain.chat.encode(message)])
+        how = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=258)
+        with plain.using("follower"):
+            full = plain.model.generate(ids, max_new_tokens=16, **how)
+        assert completion == full[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("shared_from", [1, 128])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_samples_depend_neither_on_slots_nor_on_late_looks(twins, kind, shared_from, monkeypatch):
+    monkeypatch.setattr(packing, "SHARED_FROM", shared_from)
+    packed, plain = twins(kind)
+    for policy in (packed, plain):
+        monkeypatch.setattr(policy.chat, "eos", ENDS)
+        monkeypatch.setattr(policy.engine, "eos", ENDS)
+    expected = tokens(plain, asks(*TEXTS), 4, 10, 1.0)
+    for slots, look, budget in ((1, 1, 2048), (3, 1, 40), (64, 1, 2048), (3, 7, 2048), (64, 7, 40)):
+        monkeypatch.setattr(packed.engine, "slots", slots)
+        monkeypatch.setattr(packed.engine, "token_budget", budget)
+        monkeypatch.setitem(packing.LOOK_EVERY, "cpu", look)  # 7: as on a GPU, where a look waits
+        assert tokens(packed, asks(*TEXTS), 4, 10, 1.0) == expected
+    flat = [t for group in expected for t in group]
+    assert len({tuple(t) for t in flat}) > 10
+    for completion in flat:
+        assert not ENDS & set(completion[:-1])
+        assert completion[-1] in ENDS or len(completion) == 10
+
+
+def test_a_sample_may_begin_in_one_slot_and_move_to_another_at_once(twins, monkeypatch):
+    packed, plain = twins("llama")
+    # The longest prompt begins last, when the columns in use are still those of shorter ones.
+    expected = tokens(plain, asks(*TEXTS), 3, 5, 1.0)
+    for slots in range(4, 12):
+        monkeypatch.setattr(packed.engine, "slots", slots)
+        assert tokens(packed, asks(*TEXTS), 3, 5, 1.0) == expected, slots
+
+
+def test_few_keys_and_values_fit_and_the_samples_are_the_same(twins, monkeypatch):
+    packed, plain = twins("llama")
+    monkeypatch.setattr(packed.engine, "kv_bytes", lambda: 1.0)
+    assert tokens(packed, asks(*TEXTS), 2, 9, 1.0) == tokens(plain, asks(*TEXTS), 2, 9, 1.0)
+
+
+@pytest.mark.parametrize("window", [40, 4000])
+def test_a_shared_prefix_is_read_in_one_place_only_where_the_window_reaches(
+    tmp_path, window, monkeypatch
+):
+    folder = make_model(tmp_path / "m", "mistral-window", sliding_window=window)
+    packed, plain = (load(folder, engine) for engine in ("packed", "plain"))
+    assert isinstance(packed.engine, packing.PackedEngine)
+    shared, real = [], packing.attention_after
+    spy = lambda *args: shared.append(1) or real(*args)
+    monkeypatch.setattr(packing, "attention_after", spy)
+    messages = asks(*("Once upon a time. " * 10 + end for end in ("Go", "Stop it", "Go on")))
+    assert len(packed.chat.encode(messages[0])) > packing.SHARED_FROM
+    assert tokens(packed, messages, 2, 12, 0.9) == tokens(plain, messages, 2, 12, 0.9)
+    assert bool(shared) == (window == 4000)
+
+
+def test_one_token_one_prompt_and_nothing_at_all(twins):
+    packed, plain = twins("llama")
+    for policy in (packed, plain):
+        assert policy.sample([], 2, 5) == [] and policy.yes_probability([]) == []
+        assert list(policy.engine.logprobs([])) == []
+    assert tokens(packed, asks("Hi"), 2, 1, 1.0) == tokens(plain, asks("Hi"), 2, 1, 1.0)
+    same = asks("Hi", "Hi", "Hi")  # prompts that share all but nothing
+    assert tokens(packed, same, 2, 7, 1.0) == tokens(plain, same, 2, 7, 1.0)
+
+
+@pytest.mark.parametrize("vocabulary", [700, 512])
+def test_the_fast_pick_is_the_plain_pick(vocabulary):
+    torch.manual_seed(0)
+    logits, uniform = torch.randn(4000, vocabulary) * 2, 1 - torch.rand(4000)
+    for temperature in (0, 0.3, 1.0, 1.5):
+        fast = packing.pick(logits.clone(), uniform, temperature)
+        # Sums in another order: a draw on the border of two tokens may fall to either.
+        assert (fast != rl.pick(logits, uniform, temperature)).float().mean() < 1e-3
+    certain = torch.full((3, vocabulary), -1e9)
+    certain[:, 500] = 0
+    draws = torch.tensor([1.0, 1e-9, 0.5])
+    assert packing.pick(certain, draws, 1.0).tolist() == [500] * 3
+
+
+# ------------------------------------------------------------ pack
+
+
+def prefixes(sequences, members, prefix: int) -> set[tuple]:
+    return {tuple(sequences[i][: k + 1]) for i in members for k in range(prefix, len(sequences[i]))}
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("budget", [1, 12, 80, 4096])
+def test_pack_holds_every_distinct_token_once_and_a_token_sees_its_own_path(budget, prefix):
+    draw = np.random.default_rng(budget)
+    lengths = [*draw.integers(1, 25, 30), 60, 60]
+    sequences = [[7] * prefix + draw.integers(0, 3, n).tolist() for n in lengths]
+    sequences += [sequences[0], sequences[1][: prefix + 1], sequences[1] + [2]]
+    rows = list(packing.pack(sequences, budget, prefix))
+    assert sorted(i for row in rows for i in row.members) == list(range(len(sequences)))
+    for row in rows:
+        size, mask = len(row.tokens), row.mask()
+        # A sequence longer than the budget is alone with its own prefixes.
+        longest = max(len(sequences[i]) for i in row.members) - prefix
+        assert size == len(prefixes(sequences, row.members, prefix)) <= max(budget, longest)
+        assert mask.shape == (size, prefix + size) and mask[:, :prefix].all()
+        covered = [at for start, end, _ in row.runs for at in range(start, end)]
+        assert covered == list(range(size))
+        for i, path in zip(row.members, row.paths):
+            assert row.tokens[path].tolist() == sequences[i][prefix:]
+            assert row.depth[path].tolist() == list(range(prefix, len(sequences[i])))
+            for k, at in enumerate(path):
+                seen = np.flatnonzero(mask[at, prefix:])
+                assert sorted(seen) == sorted(path[: k + 1])
+    if budget == 4096:
+        assert len(rows) == 1
+    assert list(packing.pack([], budget, prefix)) == []
+
+
+def test_a_row_and_its_runs_say_the_same_about_windows():
+    row = next(packing.pack([p + c for p, c in make_pairs()], 4096))
+    for window in (None, 4, 8, 1000):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, heads, len(row.tokens), 16) for heads in (4, 2, 2))
+        module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True, training=False)
+        how, out = dict(scaling=0.25, sliding_window=window), []
+        for by_runs in (True, False):
+            mask = packing.RowSight(row, q.device, q.dtype, by_runs).handle()
+            out.append(packing.attention(module, q, k, v, mask, **how)[0])
+        torch.testing.assert_close(*out, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------ memory
+
+
+def groups_of(policy: rl.Policy) -> list[list[rl.Sample]]:
+    torch.manual_seed(2)
+    groups = policy.sample(asks("Name a fruit.", "Sing!"), 4, 12)
+    for i, sample in enumerate(s for group in groups for s in group):
+        sample.reward = float(i % 3)
+    return groups
+
+
+def one_step(policy: rl.Policy, groups) -> torch.Tensor:
+    """The gradient that a step would give to the optimiser; parameters stay as they are."""
+    seen, parameters = [], list(policy.tensors("follower").values())
+    step = lambda: seen.append(torch.cat([p.grad.flatten() for p in parameters]))
+    optimizer = types.SimpleNamespace(step=step, zero_grad=lambda **_: None)
+    rl.grpo_step(policy, "follower", None, groups, optimizer, CFG)
+    return seen[0]
+
+
+def failing(engine, times: list[int], monkeypatch) -> list:
+    """The engine's forward pass runs out of memory at these calls; returns what was tried."""
+    tried, real = [], engine._forward
+
+    def forward(*args):
+        tried.append((engine.recompute_all, engine.token_budget, engine.slots))
+        if len(tried) in times:
+            raise torch.OutOfMemoryError("raised by the test")
+        return real(*args)
+
+    monkeypatch.setattr(engine, "_forward", forward)
+    return tried
+
+
+def test_out_of_memory_recomputes_then_halves_and_the_step_is_the_same(folders, monkeypatch):
+    policy = load(folders("llama"), "packed", token_budget=80, slots=8)
+    groups = groups_of(policy)
+    exact = one_step(policy, groups)
+    monkeypatch.setattr(packing, "MIN_BUDGET", 20)
+    # Each attempt but the last fails at its second row, part of its gradient computed.
+    tried = failing(policy.engine, [2, 4], monkeypatch)
+    gradient = one_step(policy, groups)
+    assert list(dict.fromkeys(tried)) == [(False, 80, 8), (True, 80, 8), (True, 40, 4)]
+    assert ((gradient - exact).norm() / exact.norm()).item() < 1e-4
+
+
+def test_out_of_memory_when_sampling_or_judging_changes_no_value(folders, monkeypatch):
+    policy = load(folders("llama"), "packed", token_budget=256, slots=8)
+    messages = asks(*TEXTS)
+    policy.chat.verdict_tokens = [[65, 66], [70]]
+    expected = tokens(policy, messages, 3, 12, 1.0), policy.yes_probability(messages)
+    failing(policy.engine, [2, 3, 7], monkeypatch)
+    again = tokens(policy, messages, 3, 12, 1.0), policy.yes_probability(messages)
+    assert again[0] == expected[0] and again[1] == pytest.approx(expected[1], nan_ok=True, abs=1e-5)
+    assert policy.engine.recompute_all and policy.engine.slots < 8
+
+
+def test_when_nothing_is_left_to_give_up_the_error_says_what_to_change(folders, monkeypatch):
+    policy = load(folders("llama"), "packed", slots=4)
+    groups, tried = groups_of(policy), failing(policy.engine, range(1, 100), monkeypatch)
+    with pytest.raises(rl.ModelError, match="out of GPU memory.*--max-new-tokens") as caught:
+        one_step(policy, groups)
+    assert "\n" not in str(caught.value)
+    engine = policy.engine
+    assert (engine.recompute_all, engine.token_budget, engine.slots) == (True, 128, 1)
+    assert len(tried) == len(set(tried))  # each attempt had less than the one before
+
+
+def test_layers_are_recomputed_as_far_as_activations_do_not_fit(folders, monkeypatch):
+    policy = load(folders("llama"), "packed")
+    pair = ([5] * 30, list(range(170)))
+    exact, counts, real = logprobs(policy, [pair]), [], packing.checkpoint
+    monkeypatch.setattr(packing, "checkpoint", lambda *a, **k: counts.append(1) or real(*a, **k))
+    for mib, layers in ((64, 0), (1, 1), (0.1, 2)):
+        monkeypatch.setattr(packing, "CPU_ACTIVATION_MIB", mib)
+        counts.clear()
+        assert_equal_logprobs(policy, exact, [pair])
+        assert len(counts) == layers
+    with torch.no_grad(), policy.using("follower"):  # nothing is kept where no gradient is wanted
+        list(policy.engine.logprobs([pair]))
+    assert len(counts) == 2
+
+
+# ------------------------------------------------------------ the CPU
+
+
+@pytest.mark.parametrize("role", [None, "follower"])
+def test_few_tokens_on_the_cpu_take_another_way_to_the_same_output(twins, role):
+    policy = twins("qwen2", 4)[0]  # with biases
+    with policy.using(role):
+        for name, layer in policy.lora.items():
+            assert isinstance(layer.base, cpu.UnpackedLinear), name
+            x = torch.randn(3, 2, layer.base.in_features)
+            few = layer(x)
+            assert few.shape == (3, 2, layer.base.out_features) and few.is_contiguous()
+            many = layer(x.repeat(cpu.FEW_TOKENS, 1, 1))[:3]
+            torch.testing.assert_close(few, many, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_4_bit_layers_too_large_to_unpack_give_the_same_numbers(twins, folders, monkeypatch):
+    monkeypatch.setattr(cpu, "UNPACK_MIB", 0)
+    held = load(folders("qwen2"), "packed", 4)
+    kinds = Counter(type(layer.base).__name__ for layer in held.lora.values())
+    assert set(kinds) == {"Linear4bit"} and isinstance(held.engine, packing.PackedEngine)
+    assert_equal_logprobs(held, logprobs(twins("qwen2", 4)[1], make_pairs()), make_pairs())
+
+
+def test_memory_is_given_back_on_linux_only(monkeypatch):
+    cpu.trim()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(cpu.ctypes, "CDLL")
+    cpu.trim()
