@@ -22,6 +22,7 @@ from prompts.constraints import (
     check,
     check_loose,
     contradiction,
+    decidable,
     intervals,
     problem,
     recognise,
@@ -37,6 +38,8 @@ REWARDS = ("hardest", "frontier")
 WORDS_PER_TOKEN = 0.75
 # The lower end of an AUC's interval from which on a model's verdicts are believed.
 TRUSTED_AUC = 0.6
+# Fewer right ones, or fewer wrong ones, tell nothing.
+FEWEST_CASES = 10
 # A proposal is looked for in so many characters of a text.
 MAX_PROPOSAL_CHARS = 20_000
 
@@ -124,7 +127,7 @@ def code_filter(
     if any(re.search(nameless, c.lower()) for c in question.constraints):
         return "words not named"
     rules = [recognise(c) for c in question.constraints]
-    if checkable and question.kind == "hard" and None in rules:
+    if checkable and question.kind == "hard" and not all(map(decidable, rules)):
         return "not checkable"
     known = [rule for rule in rules if rule]
     if contradiction(known):
@@ -152,7 +155,7 @@ def filter_questions(
     tokens, words = limits
     reasons = [code_filter(q, tokens, mode == "rules", words) for q in questions]
     left = [i for i, reason in enumerate(reasons) if not reason and mode == "llm"]
-    for i, p in zip(left, ask([filter_prompt(questions[i]) for i in left])):
+    for i, p in zip(left, ask([filter_prompt(questions[i]) for i in left]) if left else []):
         reasons[i] = "rejected by the model" if p < threshold else ""
     return reasons
 
@@ -214,11 +217,15 @@ class Ranking:
         return self.low > TRUSTED_AUC
 
 
+# Until it is tried, a role is believed.
+UNTRIED = Ranking(auc=math.nan, low=1.0, high=1.0, threshold=0.5, cases=0)
+
+
 def rank(ps: list[float], truth: list[bool]) -> Ranking:
-    """The interval is Hanley and McNeil's (1982). [0.9, 0.4, 0.2], [1, 1, 0] -> auc 1.0"""
+    """With Hanley and McNeil's interval (1982). Too few of a sort: auc nan, and not believed."""
     known = [(p, t) for p, t in zip(ps, truth) if not math.isnan(p)]
     right, wrong = [p for p, t in known if t], [p for p, t in known if not t]
-    if not right or not wrong:
+    if min(len(right), len(wrong)) < FEWEST_CASES:
         return Ranking(math.nan, 0.0, 1.0, 0.5, len(known))
     n, m = len(right), len(wrong)
     auc = sum((p > q) + 0.5 * (p == q) for p in right for q in wrong) / (n * m)

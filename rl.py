@@ -1,10 +1,10 @@
 """rl.py: the engine. One quantised base model, LoRA adapters swapped by role, sampling, GRPO.
 
-It sees token ids and rewards, and nothing of constraints, verdicts or turns (judge.py, seif.py).
+It sees token ids and rewards, and nothing of constraints or turns (judge.py, seif.py). Messages
+become ids in prompts/chat.py.
 
     LoRALinear    y = W x + (alpha / r) B A x, W frozen in 4 bits   (Hu et al. 2021, equation 3)
     PlainEngine   sample, log-probabilities, next-token probabilities, one sequence at a time
-    Chat          messages <-> token ids, by the model's own template
     Policy        the model, an adapter for each role, and an engine
     grpo_step     group advantages, clipped ratio, k3 KL            (Shao et al. 2024, equation 3)
 
@@ -13,11 +13,9 @@ faster. Left out: value network, reward model, padding, merged weights, distribu
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 # The ratio's clip, wider above 1 (DAPO's clip-higher, as in SEIF), and the largest gradient norm.
 CLIP_LOW, CLIP_HIGH, MAX_GRAD_NORM = 0.2, 0.3, 1.0
-ENGINES = ("packed", "plain")
-YES, NO = ("yes", "Yes", "YES", " yes", " Yes"), ("no", "No", "NO", " no", " No")
 # P(yes) + P(no) below this: the model is about to say something else, and there is no verdict.
 MIN_VERDICT_MASS = 1e-3
 
 
+# Stands in a completion for a token that could not be chosen.
+NOT_A_TOKEN = -1
 # What reading a model's or an adapter's files may raise.
 FAULTS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
@@ -74,14 +71,18 @@ class LoRALinear(nn.Module):
 def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """Sample by inverting the cumulative distribution; temperature 0 takes the likeliest.
 
+    NOT_A_TOKEN where the logits are no numbers.
+
     logits (B, V), uniform draws (B,) in (0, 1] -> token ids (B,)
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        largest, token = logits.max(-1)
+        return token.masked_fill(largest.isnan(), NOT_A_TOKEN)
     upto = (logits.double() / temperature).softmax(-1).cumsum(-1)
     # subtle: scaled by the last sum, which rounding leaves a hair off 1.
     target = uniform[:, None].double() * upto[:, -1:]
-    return torch.searchsorted(upto, target)[:, 0]
+    token = torch.searchsorted(upto, target)[:, 0]
+    return token.masked_fill(target[:, 0].isnan(), NOT_A_TOKEN)
 
 
 class PlainEngine:
@@ -101,17 +102,21 @@ class PlainEngine:
     def _complete(self, prompt: list[int], uniform: Tensor, temperature: float) -> list[list[int]]:
         n, limit = uniform.shape
         ids, draws = torch.tensor([prompt] * n, device=self.model.device), iter(uniform.T)
+        picked: list[Tensor] = []
 
         def choose(_, scores: Tensor) -> Tensor:
             # (n, V), all but the picked token at -inf.
             token = pick(scores.float(), next(draws).to(scores.device), temperature)
-            return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+            chosen = token.clamp_min(0)[:, None]
+            picked.append(token)
+            return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
         end = dict(eos_token_id=sorted(self.eos) or None, pad_token_id=min(self.eos, default=0))
         how = transformers.GenerationConfig(max_new_tokens=limit, **end)
         seen = torch.ones_like(ids)
         given = dict(attention_mask=seen, generation_config=how, logits_processor=[choose])
-        return [row[len(prompt) :] for row in self.model.generate(ids, **given).tolist()]
+        self.model.generate(ids, **given)
+        return torch.stack(picked, 1).tolist()
 
     def logprobs(self, pairs: list, temperature: float = 1.0) -> Iterator[tuple[list, list]]:
         """log p(completion token | all before it) of (prompt ids, completion ids) pairs.
@@ -156,98 +161,6 @@ def cut_at_eos(ids: list[int], eos: set[int]) -> list[int]:
     return ids[: end + 1]
 
 
-# ------------------------------------------------------------ text <-> ids
-class Chat:
-    """Messages to prompt ids and completions to text, by the tokenizer's own chat template."""
-
-    # Special tokens of some tokenizers that belong to an answer's form.
-    TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-    # Private-use characters, which no real text has, show where a content went.
-    SYSTEM, USER, DONE = (
-        {"role": role, "content": f"\ue000{role}\ue001"} for role in ("system", "user", "assistant")
-    )
-
-    def __init__(self, tokenizer, name: str, eos: set[int]):
-        self.tokenizer = tokenizer
-        # What a template that asks for the date is told; None: today.
-        self.today: date | None = None
-        special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        self.special = re.compile("|".join(map(re.escape, special.values())) or r"(?!)")
-        self.hidden = {i for i, text in special.items() if text not in self.TAGS}
-        # Templates raise, or lose text, unless they are given messages as they want them.
-        self.parts = False
-        self.parts = not self._keeps(self.USER)
-        if self.parts and not self._keeps(self.USER):
-            raise ModelError(f"--model {name}: its chat template loses the user's text")
-        self.merge_system = not self._keeps(self.SYSTEM, self.USER)
-        # What the template writes after an assistant's turn ends one, if it is a special token.
-        ended = self._try([self.USER, self.DONE], add_generation_prompt=False)
-        tail = ended.rpartition(self.DONE["content"])[2].strip()
-        self.eos = eos | (set(tokenizer.encode(tail, add_special_tokens=False)[:1]) & self.hidden)
-        self.verdict_tokens = [self._first_tokens(words) for words in (YES, NO)]
-
-    def _try(self, messages: list[dict], **how) -> str:
-        try:
-            return self.render(messages, **how)
-        except (TemplateError, TypeError, ValueError, KeyError):
-            return ""
-
-    def _keeps(self, *messages: dict) -> bool:
-        text = self._try(list(messages))
-        return all(text.count(m["content"]) == 1 for m in messages)
-
-    def _first_tokens(self, words: tuple[str, ...]) -> list[int]:
-        """The tokens of those words that are one token where an answer begins."""
-        prompt = self.encode([self.USER])
-        ids = [self.encode([self.USER, {"role": "assistant", "content": w}]) for w in words]
-        return sorted({i[-1] for i in ids if i[:-1] == prompt})
-
-    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The prompt as text."""
-        if self.parts:
-            part = lambda text: [{"type": "text", "text": text}]
-            messages = [m | {"content": part(m["content"])} for m in messages]
-        # enable_thinking: Qwen3's switch, ignored elsewhere; our own format is in the prompt.
-        how = dict(add_generation_prompt=add_generation_prompt, enable_thinking=False)
-        if self.today:
-            how["strftime_now"] = self.today.strftime
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
-
-    def encode(self, messages: list[dict]) -> list[int]:
-        """Messages -> prompt ids. A last message of the assistant's is its answer's beginning.
-
-        Special tokens inside a content reach the model as plain text, never as control tokens.
-        """
-        opening, plain = "", dict(add_special_tokens=False)
-        if messages[-1]["role"] == "assistant":
-            messages, opening = messages[:-1], messages[-1]["content"]
-        if self.merge_system and messages[0]["role"] == "system":
-            system, first, *rest = messages
-            messages = [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
-        if not any(self.special.search(m["content"]) for m in messages):
-            # Prompt and opening as one string: some tokenizers put a space before a lone piece.
-            return self.tokenizer.encode(self._open(self.render(messages), opening), **plain)
-        marks = {f"\ue000{i}\ue001": m["content"] for i, m in enumerate(messages)}
-        text = self.render([m | {"content": mark} for m, mark in zip(messages, marks)])
-        text = self._open(text, opening)
-        ids = []
-        for part in re.split("(\ue000\\d+\ue001)", text):
-            given = part in marks
-            content = marks[part] if given else part
-            ids += self.tokenizer.encode(content, split_special_tokens=given, **plain)
-        return ids
-
-    @staticmethod
-    def _open(prompt: str, opening: str) -> str:
-        # Some templates open the thought themselves: <think> is then there already.
-        given = prompt.rstrip().endswith(opening) and opening.startswith("<")
-        return prompt if given else prompt + opening
-
-    def decode(self, completion: list[int]) -> str:
-        """Completion ids -> text, without special tokens other than an answer's tags."""
-        return self.tokenizer.decode([i for i in completion if i not in self.hidden])
-
-
 # ------------------------------------------------------------ the policy
 @dataclass
 class Sample:
@@ -276,11 +189,16 @@ class Policy:
     """The base model with an adapter for each role; `using` picks the one that computes."""
 
     def __init__(self, model, tokenizer, name: str, rank: int, alpha: float):
+        from prompts.chat import Chat
+
         self.model, self.name, self.rank, self.alpha = model, name, rank, alpha
         model.eval().requires_grad_(False)
         ends = [model.generation_config.eos_token_id, tokenizer.eos_token_id]
         ends = {i for end in ends for i in (end if isinstance(end, list) else [end])} - {None}
-        self.chat = Chat(tokenizer, name, ends)
+        try:
+            self.chat = Chat(tokenizer, ends)
+        except ValueError as error:
+            raise ModelError(f"--model {name}: {error}") from error
         # The checkpoint's own top_p, min_p, repetition_penalty must not reach our samples.
         model.generation_config = transformers.GenerationConfig()
         self.use: dict[str, str | None] = {"role": None}
@@ -364,7 +282,9 @@ class Policy:
 
         Layers that it leaves out keep B = 0.
         """
-        adapters = extra("adapters")
+        adapters, config = extra("adapters"), Path(folder) / "adapter_config.json"
+        if config.exists() and not adapters:
+            raise ModelError(f"{config}: peft's settings are read by extras/adapters.py alone")
         try:
             tensors = load_file(Path(folder) / "adapter_model.safetensors")
             ranks = [len(t) for name, t in tensors.items() if name.endswith("lora_A.weight")]
@@ -374,7 +294,7 @@ class Policy:
                 raise ValueError(f"no layer for {min(tensors.keys() - own.keys())}")
             for name, tensor in tensors.items():
                 own[name].data.copy_(tensor)
-            scales = adapters.read_scales(self, Path(folder)) if adapters else {}
+            scales = adapters.read_scales(self, config) if adapters else {}
             for name, scale in scales.items():
                 self.lora[name].scale[role] = scale
         except FAULTS as error:
@@ -387,9 +307,12 @@ class Policy:
         uniform = 1 - torch.rand(len(prompts), n, max_new_tokens)
         work = lambda: self.engine.sample(prompts, uniform, temperature) if prompts else []
         groups = []
-        for turns, prompt, completions in zip(messages, prompts, self.with_memory(work)):
-            opening = turns[-1]["content"] if turns[-1]["role"] == "assistant" else ""
+        for asked, prompt, completions in zip(messages, prompts, self.with_memory(work)):
+            opening = asked[-1]["content"] if asked[-1]["role"] == "assistant" else ""
             completions = [cut_at_eos(ids, self.chat.eos) for ids in completions]
+            if any(NOT_A_TOKEN in ids for ids in completions):
+                mend = "lower --lr, or take a card with bf16, if this is fp16"
+                raise ModelError(f"the model's logits are no numbers any more; {mend}")
             texts = [opening + self.chat.decode(ids) for ids in completions]
             ended = [ids[-1] in self.chat.eos for ids in completions]
             groups.append([Sample(prompt, *one) for one in zip(completions, texts, ended)])
@@ -407,13 +330,13 @@ class Policy:
         known = p_yes + p_no > MIN_VERDICT_MASS
         return torch.where(known, p_yes / (p_yes + p_no), math.nan).tolist()
 
-    def with_memory(self, work: Callable):
+    def with_memory(self, work: Callable, again: bool = True):
         """work(), again with less memory each time that the GPU runs out of it."""
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError as error:
-                if not self.engine.use_less_memory():
+                if not again or not self.engine.use_less_memory():
                     mend = "a smaller --model, a lower --max-new-tokens or --batch, shorter seeds"
                     raise ModelError(f"out of GPU memory ({error}); take {mend}") from error
             # Here, since the exception held what the failed attempt had allocated.
@@ -424,9 +347,8 @@ class Policy:
 def load(model: str, bits=4, device=None, rank=16, alpha=32.0, engine="packed", **limits) -> Policy:
     """Load a causal language model (Hugging Face id or local folder) with a chat template.
 
-    bits 4 is nf4 with double quantisation (Dettmers et al. 2023), 16 is the compute type: bf16
-    where the GPU has it, fp16 where not, fp32 on the CPU. `limits` (token_budget, slots,
-    activation_mib) go to the packed engine. Raises ModelError with the mend.
+    bits 4 is nf4 with double quantisation (Dettmers et al. 2023), 16 the compute type: on a GPU
+    bf16, fp16 before compute capability 8, on the CPU fp32. `limits` go to the packed engine.
     """
     cpu, packing = (extra(name) for name in ("cpu", "packing"))
     if (Path(model) / "adapter_config.json").exists():
@@ -435,7 +357,6 @@ def load(model: str, bits=4, device=None, rank=16, alpha=32.0, engine="packed", 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float32
     if device.type == "cuda":
-        # Compute capability 8 has bf16 units; older cards emulate it, slowly.
         new = torch.cuda.get_device_capability(device)[0] >= 8
         dtype = torch.bfloat16 if new else torch.float16
     how = dict(dtype=dtype, device_map={"": device}, use_safetensors=True)  # never a pickle
@@ -464,7 +385,9 @@ def load(model: str, bits=4, device=None, rank=16, alpha=32.0, engine="packed", 
         share = 1 - adapted / (adapted + sum(policy.left_out.values()))
         first = next(iter(policy.left_out))
         print(f"  no LoRA on {share:.0%} of the layers' weights: {first} and others")
-    if packing and engine == "packed":
+    if engine == "packed" and not packing:
+        print("  plain engine, slower: extras/packing.py is not here")
+    elif engine == "packed":
         layers, eos = decoder_layers(base), policy.chat.eos
         policy.engine = packing.PackedEngine.of(base, layers, eos, **limits) or policy.engine
     return policy
@@ -502,16 +425,6 @@ def with_advantages(groups: list[list[Sample]]) -> list[list[Sample]]:
     return kept
 
 
-def k3(logp: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) per token (Shao et al. 2024, equation 4).
-
-    exp(d) - d - 1 with d = reference - logp
-    """
-    # Clamped: one token's accident must not become e^50.
-    d = (reference - logp).clamp(-10, 10)
-    return d.exp() - d - 1
-
-
 def token_loss(logp, old, reference, advantage, kl_weight) -> tuple[Tensor, Tensor, Tensor]:
     """GRPO's loss per token (Shao et al. 2024, equation 3): (loss, kl, clipped), each (T,).
 
@@ -521,7 +434,9 @@ def token_loss(logp, old, reference, advantage, kl_weight) -> tuple[Tensor, Tens
     ratio = (logp - old).exp()
     clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
-    kl = k3(logp, reference)
+    # Schulman's k3 estimate of the KL (equation 4), clamped: no one token's accident makes e^50.
+    d = (reference - logp).clamp(-10, 10)
+    kl = d.exp() - d - 1
     return kl_weight * kl - gain, kl.detach(), (clipped * advantage < ratio * advantage).detach()
 
 
@@ -552,10 +467,11 @@ def grpo_step(policy: Policy, role: str, reference: str | None, groups, optimize
         size = sum(len(s.tokens) for s in samples)
         # Divided here and not in the loss: a sum keeps fp16 gradients clear of underflow.
         for parameter in parameters:
-            parameter.grad /= size
+            if parameter.grad is not None:
+                parameter.grad /= size
         norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).item()
         if math.isfinite(norm):
-            policy.with_memory(optimizer.step)
+            policy.with_memory(optimizer.step, again=False)
             norms.append(norm)
         optimizer.zero_grad(set_to_none=True)
         sums = {name: value + parts[name] for name, value in sums.items()}

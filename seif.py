@@ -28,7 +28,6 @@ import random
 import re
 import signal
 import sys
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -57,12 +56,11 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 QWEN, EMBEDDED = "Qwen/Qwen2.5-1.5B-Instruct", "SmolLM2-135M-Instruct"
-SEEDS, HELDOUT = (str(messages.PROMPTS / f"{name}.jsonl") for name in ("seeds", "heldout"))
-FILTER = "llm: code, then the model; rules: code, and hard constraints that no rule knows go"
+FILTER = "llm: code, then the model; code; rules: code, and no hard one that no rule knows; off"
 JUDGE = "hybrid: rules where they decide, else the model; llm: the model alone, the paper's way"
 REWARD = "the Instructor's; hardest: 1 - r, the paper's; frontier: most where half succeed"
 # Attempts per seed at a question that the Filter accepts, and their temperature (the paper's).
-RETRIES, QUESTION_TEMPERATURE = 3, 0.7
+ATTEMPTS, QUESTION_TEMPERATURE = 3, 0.7
 # Verdicts whose truth rules know that the Judger is tried on at the start of a turn, at most.
 QUALIFYING = 128
 # A state is saved at the end of every stage, and when so many seconds have passed.
@@ -88,9 +86,9 @@ class Config:
     out: str = row("runs/seif", "run folder", may_change=True)
     model: str = row(QWEN, "Hugging Face id or folder of a chat model", small=EMBEDDED)
     bits: int = row(4, "4: nf4, double quantisation; 16: none", choices=(4, 16))
-    engine: str = row("packed", "plain is slower, and all there is to read", choices=rl.ENGINES)
-    seeds: str = row(SEEDS, "seed questions: JSON lines, or text, one a line")
-    heldout: str = row(HELDOUT, "rows in IFEval's format, measured each turn")
+    engine: str = row("packed", "plain: rl.py's own, slow", choices=("packed", "plain"))
+    seeds: str = row("", "seed questions: JSON lines, CSV, parquet, text; empty: ours")
+    heldout: str = row("", "rows in IFEval's format, measured each turn; empty: ours")
     seed: int = row(0, "random seed")
     init_follower: str = row("", "LoRA adapter, ours or peft's, that the Follower starts from")
     # The schedule. Steps per turn: 4,2 is 4 in turn 1 and 2 in all later ones.
@@ -218,7 +216,7 @@ def train(cfg: Config) -> None:
 
 
 def freeze_roles(run: "Run", turn: int) -> None:
-    """The Filter and Judger of this turn, and the Instructor's KL reference: the turn's start."""
+    """Both roles as the turn begins: the KL references; the Follower's also filters and judges."""
     for role in ("instructor", "follower"):
         if turn > 1:
             run.policy.load_adapter(f"frozen_{role}", run.folder / f"turn{turn - 1}" / role)
@@ -230,11 +228,14 @@ def freeze_roles(run: "Run", turn: int) -> None:
 
 def asks_a_model(cfg: Config) -> bool:
     """Whether any verdict of this run is a model's."""
-    return cfg.hard_share < 1 or cfg.judge == "llm" or cfg.filter == "llm"
+    return cfg.hard_share < 1 or cfg.judge == "llm" or cfg.filter != "rules"
 
 
 def qualify_roles(run: "Run") -> dict:
-    """Can the frozen Follower judge and filter? On cases whose truth rules know, no labels."""
+    """Can the frozen Follower judge and filter? On cases whose truth rules know, no labels.
+
+    A proxy for what it is asked later, which no rule knows: who cannot count cannot weigh.
+    """
     cfg, policy, draw = run.cfg, run.policy, run.draw
     examples, clock = messages.instructor_examples("hard"), Clock()
     seeds = draw.choices(run.seeds, k=QUALIFYING // 2)
@@ -242,12 +243,13 @@ def qualify_roles(run: "Run") -> dict:
     with policy.using("frozen_follower"), clock("rollout"):
         prompts = [messages.follower_prompt(q.instruction, cfg.think) for q in asked]
         texts = [s.text for (s,) in policy.sample(prompts, 1, cfg.max_new_tokens, cfg.temperature)]
-    answers = [judge.extract_answer(text, cfg.think) for text in texts]
+    answers = [judge.extract_answer(text, cfg.think) or text for text in texts]
     cases = [(q, a, c) for q, a in zip(asked, answers) if a for c in q.constraints]
     truth = [judge.rule_verdict(q, c, a) for q, a, c in cases]
     known = [(case, t) for case, t in zip(cases, truth) if t is not None]
     cases, truth = judge.balance([c for c, _ in known], [t for _, t in known], QUALIFYING)
     bank = [c for q in examples for c in q.constraints]
+    draw.shuffle(bank)
     clashing = [q for q in (judge.unsound(q, bank) for q in examples) if q]
     with policy.using("frozen_follower"), clock("judging"):
         ps = policy.yes_probability([messages.judger_prompt(*case) for case in cases])
@@ -265,15 +267,16 @@ def steps_of(run: "Run", turn: int, role: str) -> int:
     given = step_counts(getattr(run.cfg, f"{role}_steps"))
     if given and rows:
         return given[min(turn, len(given)) - 1]
-    return epochs * math.ceil(len(rows) / run.cfg.batch)
+    return math.ceil(epochs * len(rows) / run.cfg.batch)
 
 
 # ------------------------------------------------------------ what the roles do
 def propose(run: "Run", seeds: list[str], kinds: list[str], n: int, temperature: float) -> list:
     """The Instructor's n proposals a seed, each with its question, and why it is rejected if so."""
-    cfg, policy, shown = run.cfg, run.policy, run.draw.random()
+    cfg, policy, seed_of_examples = run.cfg, run.policy, run.draw.random()
     # One draw of worked examples a batch: all prompts of a kind then share their beginning.
-    prompt = lambda *pair: messages.instructor_prompt(*pair, cfg.shots, random.Random(shown))
+    examples = lambda: random.Random(seed_of_examples)
+    prompt = lambda *pair: messages.instructor_prompt(*pair, cfg.shots, examples())
     with policy.using("instructor"):
         prompts = [prompt(*pair) for pair in zip(seeds, kinds)]
         groups = policy.sample(prompts, n, cfg.instructor_tokens, temperature)
@@ -283,9 +286,8 @@ def propose(run: "Run", seeds: list[str], kinds: list[str], n: int, temperature:
             sample.question = None if sample.reason else Question(seed, kind, tuple(found))
     parsed = [s for group in groups for s in group if s.question]
     questions, limits = [s.question for s in parsed], (cfg.max_new_tokens, cfg.min_words)
-    mode = "code" if cfg.filter == "llm" and not run.filter.believed else cfg.filter
     with policy.using("frozen_follower"):
-        how = (policy.yes_probability, mode, limits, run.filter.threshold)
+        how = (policy.yes_probability, run.filter_mode, limits, run.filter.threshold)
         reasons = judge.filter_questions(questions, *how)
     for sample, reason in zip(parsed, reasons):
         sample.reason = reason
@@ -301,11 +303,11 @@ def answer(run: "Run", role: str | None, questions, n: int, temperature: float, 
     for question, group in zip(questions, groups):
         for sample in group:
             sample.question, sample.answer = question, judge.extract_answer(sample.text, cfg.think)
-    samples = [s for group in groups for s in group]
+    # Cut-off and empty answers pay nothing, whatever the verdict.
+    samples = [s for group in groups for s in group if s.answer and s.ended]
     with clock("judging"), policy.using("frozen_follower"):
         pairs = [(s.question, s.answer) for s in samples]
-        how = (policy.yes_probability, cfg.judge, run.threshold)
-        table = judge.verdicts(pairs, *how)
+        table = judge.verdicts(pairs, run.ask, cfg.judge, run.judger.threshold)
     for sample, verdicts in zip(samples, table):
         sample.verdicts = verdicts
     return groups
@@ -328,7 +330,8 @@ def instructor_step(run: "Run", turn: int, step: int) -> dict:
     for proposal, given in zip(valid, answers):
         # A cut-off answer says nothing of the difficulty, and pays 0: else the Instructor would
         # learn to ask for answers longer than the limit. Without any verdict nothing is known.
-        if given.answer and given.ended:
+        if given.verdicts:
+            proposal.answer = given.answer
             r = judge.satisfaction(given.verdicts)
             proposal.reward = None if r is None else judge.instructor_reward(r, cfg.reward)
     with clock("update"):
@@ -346,7 +349,7 @@ def write_questions(run: "Run", turn: int) -> dict:
     kinds = run.kinds(seeds)
     temperature = min(QUESTION_TEMPERATURE, cfg.instructor_temperature)
     with clock("rollout"):
-        for _ in range(RETRIES):
+        for _ in range(ATTEMPTS):
             proposals = [s for (s,) in propose(run, seeds, kinds, 1, temperature)]
             accepted += [s.question for s in proposals if not s.reason]
             rejected.update(s.reason for s in proposals if s.reason)
@@ -388,7 +391,7 @@ class Clock(Counter):
 
 
 def evaluate_turn(run: "Run", turn: int) -> dict:
-    """Save the turn's adapters; how hard q_T is for the base model."""
+    """Save the adapters; how hard q_T is for the base model. report.py adds held-out rows."""
     for role in run.optimizers:
         run.policy.save(role, run.folder / f"turn{turn}" / role)
     questions, clock = run.questions(turn)[: run.cfg.eval_rows or None], Clock()
@@ -431,12 +434,11 @@ class Run:
 
     def __init__(self, cfg: Config, begun: date):
         self.cfg, self.folder = cfg, Path(cfg.out)
-        seeds, evaluation = messages.read_seeds(cfg.seeds), rl.extra("eval")
-        self.heldout = (
-            evaluation.read_rows(cfg.heldout)[: cfg.eval_rows or None] if evaluation else []
-        )
-        settings = "  ".join(f"{name}={value}" for name, value in asdict(cfg).items())
-        print(textwrap.indent(textwrap.fill(settings, 96, break_on_hyphens=False), "  "))
+        ours, evaluation = messages.PROMPTS, rl.extra("eval")
+        seeds = messages.read_seeds(cfg.seeds or ours / "seeds.jsonl")
+        heldout = cfg.heldout or ours / "heldout.jsonl"
+        self.heldout = evaluation.read_rows(heldout)[: cfg.eval_rows or None] if evaluation else []
+        print("  ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
         self.policy = load_policy(cfg)
         # Templates that tell the date keep telling it, after midnight and when resumed.
         self.policy.chat.today = begun
@@ -449,7 +451,7 @@ class Run:
         # Units done in all, and units that the loop has come past.
         self.done = self.passed = self.voided = 0
         # How far the frozen Follower is to be believed; until it is tried, as far as asked.
-        self.judger = self.filter = judge.Ranking(math.nan, 1.0, 1.0, 0.5, 0)
+        self.judger = self.filter = judge.UNTRIED
         # Questions of each q_T, which decide the Follower's steps.
         self.written: dict[int, int] = {}
         self.saved = time.time()
@@ -460,7 +462,7 @@ class Run:
             print(f"going on after unit {self.done}")
 
     def start(self, name: str, role: str) -> None:
-        """An adapter as `role` is when the run begins."""
+        """An adapter as `role` is when the run begins; the same seed, so the same weights."""
         if role == "follower" and self.cfg.init_follower:
             self.policy.load_adapter(name, self.cfg.init_follower)
         else:
@@ -495,7 +497,8 @@ class Run:
         with tqdm(**how) as self.bar:
             for step in range(first, steps):
                 self.draw = seed_unit(self.cfg.seed, turn, stage, step)
-                self.unit, self.begun = dict(turn=turn, stage=stage, step=step), time.time()
+                self.unit = dict(turn=turn, stage=stage, step=step)
+                self.unit_start = time.time()
                 yield step
                 self.done += 1
                 self.bar.update()
@@ -504,13 +507,27 @@ class Run:
 
     def kinds(self, seeds: list[str]) -> list[str]:
         """hard or soft for each seed, drawn; hard where nobody could judge a soft one."""
-        share = self.cfg.hard_share if self.judger.believed or self.cfg.trust_judger else 1.0
+        share = self.cfg.hard_share if self.trusts_judger else 1.0
         return ["hard" if self.draw.random() < share else "soft" for _ in seeds]
 
     @property
-    def threshold(self) -> float:
-        """The P(yes) from which on the Judger's verdict is yes."""
-        return self.judger.threshold if self.judger.believed else 0.5
+    def trusts_judger(self) -> bool:
+        """Whether the model's verdicts count; under --judge llm they do, measured or not."""
+        return self.judger.believed or self.cfg.trust_judger or self.cfg.judge == "llm"
+
+    def ask(self, prompts: list[list[dict]]) -> list[float]:
+        """The Judger's P(yes); nan, a missing verdict, from one that cannot tell."""
+        if self.trusts_judger:
+            return self.policy.yes_probability(prompts)
+        return [math.nan] * len(prompts)
+
+    @property
+    def filter_mode(self) -> str:
+        """As set; code for a Filter that cannot tell, rules beside a Judger that cannot."""
+        if not self.trusts_judger and self.cfg.filter != "off":
+            return "rules"
+        disbelieved = self.cfg.filter == "llm" and not self.filter.believed
+        return "code" if disbelieved else self.cfg.filter
 
     def questions(self, turn: int) -> list[Question]:
         """q_T as written."""
@@ -536,7 +553,7 @@ class Run:
         """A unit's line of log.jsonl: what extras/report.py, which shows it too, makes of it."""
         report = rl.extra("report")
         row = self.unit | (report.show(self, done) if report else done.get("metrics", {}))
-        row["wall"] = time.time() - self.begun
+        row["wall"] = time.time() - self.unit_start
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -547,12 +564,12 @@ class Run:
             os.fsync(file.fileno())
         adapters = {role: self.policy.tensors(role) for role in self.optimizers}
         optimizers = {role: o.state_dict() for role, o in self.optimizers.items()}
-        state = dict(done=self.done, written=self.written)
+        state = dict(done=self.done, written=self.written, seeds=len(self.seeds))
         state |= dict(judger=asdict(self.judger), filter=asdict(self.filter))
         state |= dict(adapters=adapters, optimizers=optimizers)
         # By way of memory: on a full disk torch's own writer raises what is no OSError.
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(on_cpu(state), buffer)
         replace_file(self.folder / "state.pt", buffer.getvalue())
         self.saved = time.time()
 
@@ -569,6 +586,8 @@ class Run:
                 self.done, self.written = int(state["done"]), dict(state["written"])
                 self.judger = judge.Ranking(**state["judger"])
                 self.filter = judge.Ranking(**state["filter"])
+                if state["seeds"] != len(self.seeds):
+                    raise ValueError(f"{len(self.seeds)} seeds where there were {state['seeds']}")
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
                 mend = "take it out to begin again"
@@ -582,6 +601,15 @@ class Run:
             mend = f"put the whole file back, or take out {path.name} to begin again"
             raise InputError(f"{log}: shorter than when the state was saved, or damaged; {mend}")
         replace_file(log, b"".join(lines))
+
+
+def on_cpu(value):
+    """Nested dicts and lists with their tensors on the CPU, where any machine can load them."""
+    if isinstance(value, dict):
+        return {key: on_cpu(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(v) for v in value]
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def seed_unit(seed: int, turn: int, stage: str, step: int) -> random.Random:

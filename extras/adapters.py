@@ -37,9 +37,9 @@ def write_config(policy, role: str, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-def read_scales(policy, folder: Path) -> dict[str, float]:
+def read_scales(policy, path: Path) -> dict[str, float]:
     """Each layer's scale by adapter_config.json; ValueError if the adapter is no plain LoRA."""
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads(path.read_text())
     found = [name for name in OTHERS if config.get(name)]
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         found.append(f"init_lora_weights={config['init_lora_weights']}")

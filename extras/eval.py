@@ -152,7 +152,9 @@ def main(argv: list[str], open_run) -> None:
     args = parser.parse_args(argv)
     cfg, policy, turn = open_run(args.run, args.turn)
     cfg.max_new_tokens = args.max_new_tokens or cfg.max_new_tokens
-    rows = read_rows(args.data or cfg.heldout)[: args.rows or None]
+    rows = read_rows(args.data or cfg.heldout or messages.PROMPTS / "heldout.jsonl")[
+        : args.rows or None
+    ]
     roles = (None, "follower") if args.paired else (None,) if args.base else ("follower",)
     tables = []
     for role in roles:

@@ -38,6 +38,10 @@ SLOTS = {"cuda": 256, "cpu": 64}
 # Without a GPU: MiB of keys and values, at most, and of activations kept for the backward pass,
 # since fresh memory costs there almost what it saves.
 CPU_KV_MIB, CPU_ACTIVATION_MIB = 1024, 64
+# As rl.NOT_A_TOKEN: where logits are no numbers.
+NOT_A_TOKEN = -1
+# Samplings after which what an out-of-memory took is given back, half by half.
+RECOVER_AFTER = 20
 # Tokens a row; halving after an out-of-memory stops here.
 MIN_BUDGET = 128
 # How far our logits may be from the model's own, relative to the largest of them. A wrong mask
@@ -413,21 +417,24 @@ class TokenLogProb(torch.autograd.Function):
 
 def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """rl.pick, faster: logits (B, V), draws (B,) in (0, 1] -> ids (B,). Overwrites the logits."""
+    largest, likeliest = logits.max(-1, keepdim=True)
+    broken = largest[:, 0].isnan()
     if temperature == 0:
-        return logits.argmax(-1)
-    weight = logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+        return likeliest[:, 0].masked_fill(broken, NOT_A_TOKEN)
+    weight = logits.sub_(largest).div_(temperature).exp_()
     weight = F.pad(weight, (0, -weight.shape[1] % PICK_BLOCK))
     # First which block of the vocabulary, then which token in it: a running sum over V is slow.
     blocks = weight.unflatten(1, (-1, PICK_BLOCK))
     upto = blocks.sum(-1).cumsum(-1)
     target = uniform[:, None] * upto[:, -1:]
-    block = torch.searchsorted(upto, target)
+    block = torch.searchsorted(upto, target).clamp_max_(upto.shape[1] - 1)
     inside = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1)
     before = F.pad(upto, (1, 0)).gather(1, block)
     # Rounding may leave the target a hair above the block's own total, or at nothing.
     target = torch.minimum(target - before, inside[:, -1:])
     target = target.clamp_min(torch.finfo(target.dtype).tiny)
-    return (block * PICK_BLOCK + torch.searchsorted(inside, target))[:, 0]
+    token = (block * PICK_BLOCK + torch.searchsorted(inside, target))[:, 0]
+    return token.masked_fill(broken, NOT_A_TOKEN)
 
 
 # ------------------------------------------------------------------------------ sampling
@@ -488,7 +495,7 @@ class Sampler:
             self._make_room(prefilled)
         self.cache.fill(slot, prefilled, columns)
         self.active[slot : slot + 1], self.held[slot : slot + 1] = [sample], [len(columns)]
-        self.sample[slot], self.count[slot], self.token[slot] = sample, 1, token
+        self.sample[slot], self.count[slot], self.token[slot] = sample, 1, token.clamp_min(0)
         self.out[sample, 0] = token
         self.over[sample] = torch.isin(token, self.eos) | (self.limit[sample] <= 1)
         return True
@@ -525,7 +532,8 @@ class Sampler:
         n = len(self.active)
         sample, count = self.sample[:n], self.count[:n]
         token = pick(self.next_logits(), self.uniform[sample, count], self.temperature)
-        self.token[:n] = self.out[sample, count] = token
+        self.out[sample, count] = token
+        self.token[:n] = token.clamp_min(0)
         count += 1
         self.over[sample] |= torch.isin(token, self.eos) | (count >= self.limit[sample])
 
@@ -568,6 +576,8 @@ class PackedEngine:
         self.decoder, self.config = model.get_decoder(), model.config.get_text_config(decoder=True)
         cap = getattr(self.config, "final_logit_softcapping", None)
         self.head = Head(model.get_output_embeddings(), cap)
+        # What an out-of-memory may take, and samplings since the last one.
+        self.most, self.since_full = (self.token_budget, self.slots), 0
         # The smallest window of any layer, 0 where what all share cannot be attended to in one
         # place; and how many of the last layers are recomputed.
         self.window, self.recomputed, self.recompute_all = float("inf"), 0, False
@@ -580,6 +590,7 @@ class PackedEngine:
     def sample(self, prompts: list, uniform: Tensor, temperature: float) -> list[list[list[int]]]:
         """As rl.PlainEngine.sample, many at a time; rows may run on past their EOS."""
         trim()
+        self._recover()
         rows = Sampler(self, prompts, uniform, temperature).run()
         n = uniform.shape[1]
         return [rows[i : i + n] for i in range(0, len(rows), n)]
@@ -612,6 +623,7 @@ class PackedEngine:
 
     def use_less_memory(self) -> bool:
         """Recompute all activations first, then halve the rows and the slots."""
+        self.since_full = 0
         if not self.recompute_all:
             self.recompute_all = True
         elif self.token_budget > MIN_BUDGET or self.slots > 1:
@@ -620,6 +632,15 @@ class PackedEngine:
         else:
             return False
         return True
+
+    def _recover(self) -> None:
+        """An out-of-memory is not for good: what it took comes back some samplings later."""
+        self.since_full += 1
+        if self.since_full == RECOVER_AFTER and self.recompute_all:
+            self.since_full, most = 0, self.most
+            self.recompute_all = (self.token_budget, self.slots) != most
+            self.token_budget = min(most[0], 2 * self.token_budget)
+            self.slots = min(most[1], 2 * self.slots)
 
     # -------------------------------------------- forward passes
 

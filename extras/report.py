@@ -30,7 +30,7 @@ def show(run, done: dict) -> dict:
     run.bar.set_postfix_str(bar_text(row))
     if stage == "evaluation":
         log = [row for _, row in messages.read_jsonl(run.folder / "log.jsonl")]
-        last = run.unit | row | {"wall": time.time() - run.begun}
+        last = run.unit | row | {"wall": time.time() - run.unit_start}
         run.bar.write(turn_table([*log, last]))
         write_samples(run.folder, log)
     return row
@@ -60,6 +60,7 @@ def step(run, done: dict) -> dict:
     samples = [s for group in done["groups"] for s in group]
     tell_if_idle(run, samples, done["metrics"])
     rewards = [s.reward for s in samples if s.reward is not None] or [math.nan]
+    others = [a for a, _ in done["answers"]] if run.unit["stage"] == "instructor" else []
     tokens, cuda = sum(len(s.tokens) for s in samples), torch.cuda.is_available()
     held = torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss
     return {
@@ -67,7 +68,8 @@ def step(run, done: dict) -> dict:
         "reward_std": statistics.pstdev(rewards),
         "length": tokens / len(samples),
         "truncated": sum(not s.ended for s in samples) / len(samples),
-        "tokens_per_second": tokens / done["seconds"]["rollout"],
+        "tokens_per_second": (tokens + sum(len(a.tokens) for a in others))
+        / done["seconds"]["rollout"],
         # The GPU's peak, else what the process holds.
         "memory_mib": held >> 20,
         "samples": [sample(answer, reward) for answer, reward in done["answers"][:2]],
@@ -94,6 +96,8 @@ def why_nothing(stage: str, sample) -> str:
     """What a sample's reward is due to, and what to change."""
     if sample.reason:
         return f"{sample.reason}; try more --shots, another --filter, or a larger --model"
+    if stage == "instructor" and not sample.answer:
+        return "the frozen Follower's answer is cut or empty; raise --max-new-tokens"
     if stage == "follower" and not sample.ended:
         return "cut at the limit; raise --max-new-tokens"
     if stage == "follower" and not sample.answer:
@@ -106,10 +110,11 @@ def why_nothing(stage: str, sample) -> str:
 def qualified(run, done: dict) -> dict:
     """What the Judger's and the Filter's verdicts are worth, and what follows."""
     follows = ("believed", "soft constraints would be noise and are not drawn; --trust-judger does")
-    if run.cfg.trust_judger:
-        follows = ("believed", "trusted all the same")
+    if run.trusts_judger:
+        follows = ("believed", "believed all the same, as was asked")
     say("Judger", run.judger, *follows)
-    say("Filter", run.filter, "believed", "proposals are filtered by code alone")
+    if run.cfg.filter == "llm":
+        say("Filter", run.filter, "believed", f"proposals are filtered by {run.filter_mode} alone")
     return {"judger": done["judger"], "filter": done["filter"]}
 
 
@@ -165,7 +170,9 @@ def types(questions: list) -> dict[str, float | str]:
 
 def sample(answer, reward: float | None) -> dict:
     """An answer for people: each constraint with its verdict and who gave it."""
-    judged = [(c, v.value, v.by) for c, v in zip(answer.question.constraints, answer.verdicts)]
+    constraints = answer.question.constraints
+    verdicts = answer.verdicts or [judge.Verdict(None, "nobody")] * len(constraints)
+    judged = [(c, v.value, v.by) for c, v in zip(constraints, verdicts)]
     about = {"seed": answer.question.seed, "answer": answer.answer, "reward": reward}
     return about | {"constraints": judged}
 

@@ -458,6 +458,11 @@ def recognise(sentence: str) -> tuple[str, dict] | None:
     return None
 
 
+def decidable(rule: tuple[str, dict] | None) -> bool:
+    """Whether code can decide a recognised constraint: languages need langdetect."""
+    return rule is not None and (langdetect is not None or rule[0] != "language:response_language")
+
+
 # ---------------------------------------------------------------- checking an answer
 
 

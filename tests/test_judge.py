@@ -307,7 +307,8 @@ def test_without_the_think_form_all_is_the_answer_but_a_thought_of_its_own(text,
 # ------------------------------------------------------------ is a model to be believed?
 
 
-def test_a_ranking_counts_pairs_and_finds_the_threshold():
+def test_a_ranking_counts_pairs_and_finds_the_threshold(monkeypatch):
+    monkeypatch.setattr(judge, "FEWEST_CASES", 1)
     ranking = judge.rank([0.9, 0.6, 0.4, 0.2, math.nan], [True, True, False, True, True])
     # The wrong case lies above one of three right ones.
     assert ranking.auc == pytest.approx(2 / 3) and ranking.cases == 4
@@ -328,8 +329,9 @@ def test_only_what_is_better_than_chance_beyond_doubt_is_believed():
         assert math.isnan(ranking.auc) and not ranking.believed and ranking.threshold == 0.5
 
 
-def test_the_interval_is_hanleys_and_mcneils():
+def test_the_interval_is_hanleys_and_mcneils(monkeypatch):
     """By hand, for an AUC of 3/4 of 2 x 2 cases: Q1 = 0.6, Q2 = 0.642857."""
+    monkeypatch.setattr(judge, "FEWEST_CASES", 1)
     ranking = judge.rank([0.9, 0.3, 0.5, 0.1], [True, True, False, False])
     spread = 0.75 * 0.25 + (0.6 - 0.75**2) + (2 * 0.75**2 / 1.75 - 0.75**2)
     assert ranking.auc == 0.75 and ranking.high == 1.0
@@ -556,3 +558,18 @@ def test_twenty_thousand_characters_take_no_time(text):
         start = time.process_time()
         work()
         assert time.process_time() - start < 0.15
+
+
+@pytest.mark.parametrize("right, wrong", [(1, 1), (100, 9), (9, 100)])
+def test_a_perfect_ranking_of_too_few_cases_is_not_believed(right, wrong):
+    ps, truth = [0.9] * right + [0.1] * wrong, [True] * right + [False] * wrong
+    assert not judge.rank(ps, truth).believed
+    enough = judge.rank(ps * 10, truth * 10)
+    assert enough.believed and enough.auc == 1
+
+
+def test_a_language_is_not_checkable_where_nothing_detects_it(monkeypatch):
+    question = Question(SEED, "hard", ("Answer in French.", "Use no commas.", "Use 9 words."))
+    monkeypatch.setattr(constraints, "langdetect", None)
+    assert judge.code_filter(question, 128, checkable=True) == "not checkable"
+    assert judge.code_filter(question, 128) == ""

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, normalizers
 
 import rl
+from prompts.chat import Chat
 
 CFG = types.SimpleNamespace(temperature=1.0, updates=1, kl=0.05)
 REWARDS = [0, 1, 0, 1, 1, 0, 0, 0.5]
@@ -425,8 +426,9 @@ def test_missing_rewards_leave_their_group_and_tied_groups_are_dropped():
 
 def test_k3_and_token_loss_by_hand():
     logp, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0])
-    assert rl.k3(logp, reference).tolist() == pytest.approx([math.exp(-0.5) - 0.5, 0.0], abs=1e-6)
-    assert rl.k3(torch.tensor([-60.0]), torch.zeros(1)).item() == pytest.approx(math.exp(10) - 11)
+    k3 = lambda logp, reference: rl.token_loss(logp, logp, reference, torch.zeros_like(logp), 1)[1]
+    assert k3(logp, reference).tolist() == pytest.approx([math.exp(-0.5) - 0.5, 0.0], abs=1e-6)
+    assert k3(torch.tensor([-60.0]), torch.zeros(1)).item() == pytest.approx(math.exp(10) - 11)
     # (ratio's logarithm, advantage) -> what the clipped objective gains, and whether it was clipped
     for move, advantage, gain, cut in (
         (0.5, 2.0, 1.3 * 2, True),
@@ -584,11 +586,11 @@ def test_reward_rises_when_it_is_the_share_of_one_token(policy):
 # ------------------------------------------------------------ chat templates
 
 
-def chat_of(template: str = CHATML, tokens=(), special=(), eos=(IM_END,)) -> rl.Chat:
+def chat_of(template: str = CHATML, tokens=(), special=(), eos=(IM_END,)) -> Chat:
     tokenizer = make_tokenizer(template)
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens])
     tokenizer.add_tokens([AddedToken(t, special=True) for t in special], special_tokens=True)
-    return rl.Chat(tokenizer, "it", set(eos))
+    return Chat(tokenizer, set(eos))
 
 
 @pytest.mark.parametrize("system", ["", "be <|endoftext|>"])
@@ -650,7 +652,7 @@ def test_every_word_reaches_the_model_however_the_template_wants_it(template, me
     ],
 )
 def test_a_template_that_loses_the_users_text_is_refused(template):
-    with pytest.raises(rl.ModelError, match="--model it: its chat template loses the user's text"):
+    with pytest.raises(ValueError, match="its chat template loses the user's text"):
         chat_of(template)
 
 
@@ -793,3 +795,26 @@ def test_the_engine_works_without_its_extras(folders, monkeypatch):
 def test_tokenizer_of_the_tests_is_as_assumed():
     tokenizer = make_tokenizer()
     assert tokenizer.convert_tokens_to_ids(SPECIAL) == [256, IM_START, IM_END]
+
+
+def test_merged_by_peft_an_adapter_gives_the_same_logits(folders, tmp_path):
+    """The README's three lines."""
+    peft, policy = pytest.importorskip("peft"), load_cpu(folders("llama"))
+    policy.add("follower")
+    randomise(policy, "follower")
+    policy.save("follower", tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folders("llama"), dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    ids = torch.arange(30)[None]
+    with torch.no_grad(), policy.using("follower"):
+        torch.testing.assert_close(policy.model(ids).logits, merged(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_logits_that_are_no_numbers_are_named(policy):
+    policy.model.get_output_embeddings().weight.data.fill_(math.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(rl.ModelError, match="no numbers any more"):
+            policy.sample([ask("Hi")], 2, 4, temperature)
+    policy.engine = rl.PlainEngine(policy.model, policy.chat.eos)
+    with pytest.raises(rl.ModelError, match="no numbers any more"):
+        policy.sample([ask("Hi")], 2, 4)

@@ -23,7 +23,7 @@ import rl
 import seif
 from extras import eval as evaluation
 from extras import report, smollm2
-from prompts import messages
+from prompts import chat, messages
 
 ONE_STEP = dict(turns=1, instructor_steps="1", follower_steps="1")
 
@@ -271,8 +271,8 @@ def test_no_accepted_question_skips_the_follower(setup, tmp_path, monkeypatch):
 def test_the_model_as_filter_and_judger_of_soft_questions(setup, tmp_path, role, monkeypatch):
     """A byte is a token here, so "yes" cannot be one, and y has to do; and all are believed."""
     monkeypatch.setattr(judge, "TRUSTED_AUC", -1.0)
-    monkeypatch.setattr(rl, "YES", ("y", "Y"))
-    monkeypatch.setattr(rl, "NO", ("n", "N"))
+    monkeypatch.setattr(chat, "YES", ("y", "Y"))
+    monkeypatch.setattr(chat, "NO", ("n", "N"))
     real, asked = rl.Policy.yes_probability, []
 
     def watch(policy, prompts):
@@ -393,7 +393,7 @@ def test_without_steps_set_a_stage_takes_the_papers_epochs(setup, tmp_path):
     for turn, epochs in ((1, 3), (2, 1)):
         made = messages.read_questions(tmp_path / "run" / f"turn{turn}" / "questions.jsonl")
         assert stages[turn, "instructor"] == 2
-        assert stages[turn, "follower"] == epochs * -(-len(made) // 3)
+        assert stages[turn, "follower"] == -(-epochs * len(made) // 3)
 
 
 def test_help_names_every_setting(capsys):

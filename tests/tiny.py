@@ -75,7 +75,7 @@ def flags(folder: Path, out: str, **more) -> list[str]:
         follower_steps="2",
         hard_share=1.0,
         shots=0,
-        filter="code",
+        filter="rules",
         max_new_tokens=12,
         instructor_tokens=8,
         max_prompt_tokens=2000,
