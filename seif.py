@@ -273,12 +273,13 @@ def steps_of(run: "Run", turn: int, role: str) -> int:
 # ------------------------------------------------------------ what the roles do
 def propose(run: "Run", seeds: list[str], kinds: list[str], n: int, temperature: float) -> list:
     """The Instructor's n proposals a seed, each with its question, and why it is rejected if so."""
-    cfg, policy, seed_of_examples = run.cfg, run.policy, run.draw.random()
-    # One draw of worked examples a batch: all prompts of a kind then share their beginning.
-    examples = lambda: random.Random(seed_of_examples)
-    prompt = lambda *pair: messages.instructor_prompt(*pair, cfg.shots, examples())
+    cfg, policy, salt = run.cfg, run.policy, run.draw.random()
+    # Examples are drawn for every batch of seeds: its prompts then share their beginning, and q_T
+    # still shows many sorts of constraints, since a small Instructor stays close to its examples.
+    draws = lambda i: random.Random(f"{salt}/{i // cfg.batch}")
     with policy.using("instructor"):
-        prompts = [prompt(*pair) for pair in zip(seeds, kinds)]
+        asked = enumerate(zip(seeds, kinds))
+        prompts = [messages.instructor_prompt(*pair, cfg.shots, draws(i)) for i, pair in asked]
         groups = policy.sample(prompts, n, cfg.instructor_tokens, temperature)
     for seed, kind, group in zip(seeds, kinds, groups):
         for sample in group:
