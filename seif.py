@@ -274,8 +274,7 @@ def steps_of(run: "Run", turn: int, role: str) -> int:
 def propose(run: "Run", seeds: list[str], kinds: list[str], n: int, temperature: float) -> list:
     """The Instructor's n proposals a seed, each with its question, and why it is rejected if so."""
     cfg, policy, salt = run.cfg, run.policy, run.draw.random()
-    # Examples are drawn for every batch of seeds: its prompts then share their beginning, and q_T
-    # still shows many sorts of constraints, since a small Instructor stays close to its examples.
+    # Examples anew for every batch: its prompts share their beginning, and q_T shows many sorts.
     draws = lambda i: random.Random(f"{salt}/{i // cfg.batch}")
     with policy.using("instructor"):
         asked = enumerate(zip(seeds, kinds))

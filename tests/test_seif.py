@@ -580,3 +580,19 @@ def test_embedded_model_proposes_valid_constraints(embedded):
     prompts = [messages.instructor_prompt(s, "hard", 4, random.Random(0)) for s in seeds]
     texts = [s.text for group in embedded.sample(prompts, 4, 80, 0.7) for s in group]
     assert sum(judge.parse_constraints(text, 3)[1] == "" for text in texts) >= 2, "\n".join(texts)
+
+
+def test_examples_change_from_batch_to_batch_and_not_within_one(setup, role, monkeypatch):
+    """Else all questions of q_T would be of one sort."""
+    real, shown = rl.Policy.sample, []
+
+    def watch(policy, asked, *how):
+        if role() == "instructor":
+            shown.append([messages_of[1]["content"] for messages_of in asked])
+        return real(policy, asked, *how)
+
+    monkeypatch.setattr(rl.Policy, "sample", watch)
+    assert seif.main(setup("run", **ONE_STEP, batch=2, shots=1)) == 0
+    trained, written = shown[0], shown[1]
+    assert len(set(trained)) == 1
+    assert written[0] == written[1] and written[2] == written[3] and len(set(written)) == 2
