@@ -137,6 +137,7 @@ class Bench:
         self.engine.eos = set()
 
     def result(self, work, useful: int = 0, gflops: float = 0.0, rows: int = 1024) -> dict:
+        """A workload's JSON fields, measured."""
         seconds, every = timed(work, self.repeat, self.warmup)
         row = {
             "seconds": round(seconds, 3),
@@ -151,6 +152,7 @@ class Bench:
         return row
 
     def grpo_flops(self, prompts, group: int) -> float:
+        """GFLOP of a GRPO update on such groups."""
         rows = list(
             packing.pack(
                 [p + c for p, g in zip(prompts, fake_groups(prompts, group)) for c in g], 1 << 20
@@ -162,6 +164,7 @@ class Bench:
         return 3 * gflop(self.policy, tokens, heads)
 
     def step(self, kind: str, group: int = GROUP, times: int = 1) -> dict:
+        """A whole GRPO step: sampling, reference, update."""
         prompts = make_prompts(kind, times)
 
         def work():
@@ -175,6 +178,7 @@ class Bench:
         return self.result(work, useful, self.grpo_flops(prompts, group) + sampling)
 
     def update(self, kind: str) -> dict:
+        """The update alone, and the building of its rows."""
         prompts = make_prompts(kind)
         groups = fake_groups(prompts, GROUP)
         cfg = types.SimpleNamespace(**(vars(CFG) | {"kl": 0.0}))
@@ -208,6 +212,7 @@ class Bench:
         return self.result(work, len(prompts) * GROUP * NEW)
 
     def sampling(self, plain: bool) -> dict:
+        """32 prompts x 8 samples of lognormal lengths."""
         prompts = [ids(60, i) for i in range(32)]
         draw = random.Random(0)
         limits = [max(1, min(128, round(draw.lognormvariate(3.7, 0.7)))) for _ in range(32 * GROUP)]
@@ -244,6 +249,7 @@ class Bench:
         )
 
     def verdicts(self, plain: bool) -> dict:
+        """32 answers x 4 constraints under a 600-token template."""
         template, tail = ids(600, 1), ids(8, 2)
         prompts = [
             template + ids(200, 10 + i) + ids(20, 100 * i + j) + tail
