@@ -105,7 +105,7 @@ class PlainEngine:
         picked: list[Tensor] = []
 
         def choose(_, scores: Tensor) -> Tensor:
-            # (n, V), all but the picked token at -inf.
+            """scores (n, V) -> the same, all but the picked token at -inf"""
             token = pick(scores.float(), next(draws).to(scores.device), temperature)
             chosen = token.clamp_min(0)[:, None]
             picked.append(token)

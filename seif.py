@@ -364,12 +364,12 @@ def write_questions(run: "Run", turn: int) -> dict:
 # ------------------------------------------------------------ stage 2: the Follower
 def follower_step(run: "Run", turn: int, step: int) -> dict:
     """GRPO on answers: r, the mean verdict over the constraints."""
-    cfg, clock, questions, batch = run.cfg, Clock(), run.questions(turn), []
+    cfg, clock, questions = run.cfg, Clock(), run.questions(turn)
     # Epoch after epoch, each in an order of its own; a step may straddle two.
-    for place in range(step * cfg.batch, (step + 1) * cfg.batch):
-        epoch, at = divmod(place, len(questions))
-        order = random.Random(f"{cfg.seed}/{turn}/{epoch}").sample(questions, len(questions))
-        batch.append(order[at])
+    places = [divmod(step * cfg.batch + i, len(questions)) for i in range(cfg.batch)]
+    shuffled = lambda e: random.Random(f"{cfg.seed}/{turn}/{e}").sample(questions, len(questions))
+    orders = {epoch: shuffled(epoch) for epoch in {epoch for epoch, _ in places}}
+    batch = [orders[epoch][at] for epoch, at in places]
     groups = answer(run, "follower", batch, cfg.group, cfg.temperature, clock)
     samples = [s for group in groups for s in group]
     for s in samples:
@@ -450,7 +450,7 @@ class Run:
             self.optimizers[role] = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
         # Units done in all, and units that the loop has come past.
         self.done = self.passed = self.voided = 0
-        # How far the frozen Follower is to be believed; until it is tried, as far as asked.
+        # How far the frozen Follower is to be believed as Judger and as Filter.
         self.judger = self.filter = judge.UNTRIED
         # Questions of each q_T, which decide the Follower's steps.
         self.written: dict[int, int] = {}

@@ -26,10 +26,11 @@ def main(argv: list[str], open_run) -> None:
             line = ""
         if not line:
             return
-        *system, user = messages.follower_prompt(line, cfg.think)[: 2 if cfg.think else 1]
-        opening = messages.follower_prompt(line, cfg.think)[2:]
+        turns = messages.follower_prompt(line, cfg.think)
+        opening = [t for t in turns if t["role"] == "assistant"]
+        asked = [t for t in turns if t["role"] != "assistant"]
         # The system line stands first, once; what an answer begins with, last.
-        history += [user] if history else [*system, user]
+        history += asked[-1:] if history else asked
         with policy.using(None if args.base else "follower"):
             ((sample,),) = policy.sample(
                 [history + opening], 1, args.max_new_tokens, args.temperature

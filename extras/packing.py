@@ -683,6 +683,7 @@ class PackedEngine:
         """A layer's forward that keeps no activations if its place from the end says so."""
 
         def run(*args, **kwargs):
+            """Takes the layer's place."""
             if place <= self.recomputed:
                 how = dict(use_reentrant=False, preserve_rng_state=False)
                 return checkpoint(forward, *args, **how, **kwargs)

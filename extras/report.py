@@ -109,7 +109,10 @@ def why_nothing(stage: str, sample) -> str:
 
 def qualified(run, done: dict) -> dict:
     """What the Judger's and the Filter's verdicts are worth, and what follows."""
-    follows = ("believed", "soft constraints would be noise and are not drawn; --trust-judger does")
+    follows = (
+        "believed",
+        "soft constraints would be noise and are not drawn; --trust-judger draws",
+    )
     if run.trusts_judger:
         follows = ("believed", "believed all the same, as was asked")
     say("Judger", run.judger, *follows)
