@@ -578,7 +578,7 @@ class Run:
         path, log = self.folder / "state.pt", self.folder / "log.jsonl"
         if path.exists():
             try:
-                state = torch.load(path, map_location=self.policy.model.device, weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
                 for role, optimizer in self.optimizers.items():
                     for name, parameter in self.policy.tensors(role).items():
                         parameter.data.copy_(state["adapters"][role][name])
