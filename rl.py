@@ -272,10 +272,13 @@ class Policy:
         """Write the adapter; with extras/adapters.py as peft does, for peft, vLLM and lm-eval."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors(role).items()}
-        save_file(tensors, Path(folder) / "adapter_model.safetensors", {"format": "pt"})
         adapters = extra("adapters")
         if adapters:
             adapters.write_config(self, role, Path(folder))
+        # Renamed when whole: a folder with this file in it is an adapter.
+        part = Path(folder) / "adapter_model.part"
+        save_file(tensors, part, {"format": "pt"})
+        part.replace(part.with_suffix(".safetensors"))
 
     def load_adapter(self, role: str, folder: str | Path) -> None:
         """Read an adapter, ours or peft's; ModelError if it computes something else than LoRA.

@@ -46,7 +46,7 @@ import judge
 import rl
 from judge import FILTERS, JUDGES, REWARDS
 from prompts import messages
-from prompts.messages import InputError, Question
+from prompts.messages import InputError, Question, replace_file
 from rl import Policy, Sample
 
 # Their progress bars and notes drown ours; warnings that matter come back as exceptions.
@@ -99,7 +99,7 @@ class Config:
     follower_steps: str = row("", "empty: 3, 1, 1 epochs, the paper's finding", small="7,5")
     questions: int = row(0, "questions in q_T; 0: one per seed", small=24)
     # The roles.
-    hard_share: float = row(0.5, "of machine-checkable questions", small=1.0, paper=0.5)
+    hard_share: float = row(0.5, "of machine-checkable questions", small=1.0, paper=0.5, most=1)
     shots: int = row(2, "worked examples for the Instructor; small models need 4", small=4)
     think: bool = row(False, "require <think>..</think><answer>..</answer>", paper=True)
     filter: str = row("llm", FILTER, small="rules", paper="llm", choices=FILTERS)
@@ -160,26 +160,16 @@ def read_config(argv: list[str]) -> Config:
     cfg = Config(**values | given)
     for name, field in ROWS.items():
         value, least = getattr(cfg, name), field.metadata.get("least", 0)
-        if isinstance(value, (int, float)) and value < least:
-            raise InputError(f"{flag(name)} {value}: must be at least {least}")
+        most = field.metadata.get("most", math.inf)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise InputError(f"{flag(name)} {value}: must be {limit}")
+        if name.endswith("_steps") and value and not re.fullmatch(r"\d+(,\d+)*", value):
+            raise InputError(f"{flag(name)} {value}: must be whole numbers, as 4,2")
     bank = min(len(messages.instructor_examples(kind)) for kind in messages.KINDS)
-    if not 0 <= cfg.shots <= bank:
+    if cfg.shots > bank:
         raise InputError(f"--shots {cfg.shots}: there are {bank} worked examples to show")
-    if cfg.hard_share > 1:
-        raise InputError(f"--hard-share {cfg.hard_share}: a share is at most 1")
-    for name in ("instructor_steps", "follower_steps"):
-        try:
-            step_counts(getattr(cfg, name))
-        except ValueError as error:
-            raise InputError(f"{flag(name)} {getattr(cfg, name)}: {error}") from error
     return cfg
-
-
-def step_counts(text: str) -> list[int]:
-    """A setting such as 4,2 -> [4, 2], one for each turn; ValueError if it is not so."""
-    if text and not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ValueError("must be whole numbers, as 4,2")
-    return [int(part) for part in text.split(",") if part]
 
 
 def load_policy(cfg: Config) -> Policy:
@@ -199,15 +189,18 @@ def train(cfg: Config) -> None:
     """Self-evolution. What is done already is skipped; every unit is logged, and saved when due."""
     with locked_folder(cfg) as begun:
         run = Run(cfg, begun)
+        report = rl.extra("report")
+        if report:
+            print(report.plan(run))
         for turn in range(1, cfg.turns + 1):
             freeze_roles(run, turn)
             for _ in run.left(turn, "qualification", int(asks_a_model(cfg))):
                 run.log(qualify_roles(run))
-            for step in run.left(turn, "instructor", steps_of(run, turn, "instructor")):
+            for step in run.left(turn, "instructor", run.steps(turn, "instructor")):
                 run.log(instructor_step(run, turn, step))
             for _ in run.left(turn, "questions", 1):
                 run.log(write_questions(run, turn))
-            for step in run.left(turn, "follower", steps_of(run, turn, "follower")):
+            for step in run.left(turn, "follower", run.steps(turn, "follower")):
                 run.log(follower_step(run, turn, step))
             for _ in run.left(turn, "evaluation", 1):
                 run.log(evaluate_turn(run, turn))
@@ -260,25 +253,16 @@ def qualify_roles(run: "Run") -> dict:
     return dict(judger=asdict(run.judger), filter=asdict(run.filter), seconds=clock)
 
 
-def steps_of(run: "Run", turn: int, role: str) -> int:
-    """As set; else epochs: 3 for the Follower in turn 1, SEIF's front-loaded schedule, else one."""
-    rows = run.seeds if role == "instructor" else run.questions(turn)
-    epochs = 3 if (role, turn) == ("follower", 1) else 1
-    given = step_counts(getattr(run.cfg, f"{role}_steps"))
-    if given and rows:
-        return given[min(turn, len(given)) - 1]
-    return math.ceil(epochs * len(rows) / run.cfg.batch)
-
-
 # ------------------------------------------------------------ what the roles do
 def propose(run: "Run", seeds: list[str], kinds: list[str], n: int, temperature: float) -> list:
     """The Instructor's n proposals a seed, each with its question, and why it is rejected if so."""
     cfg, policy, salt = run.cfg, run.policy, run.draw.random()
-    # Examples anew for every batch: its prompts share their beginning, and q_T shows many sorts.
-    draws = lambda i: random.Random(f"{salt}/{i // cfg.batch}")
+    prompts = []
+    for i, (seed, kind) in enumerate(zip(seeds, kinds)):
+        # Examples anew for every batch: its prompts share their beginning, q_T shows many sorts.
+        draw, bank = random.Random(f"{salt}/{i // cfg.batch}"), messages.instructor_examples(kind)
+        prompts.append(messages.instructor_prompt(seed, kind, draw.sample(bank, cfg.shots)))
     with policy.using("instructor"):
-        asked = enumerate(zip(seeds, kinds))
-        prompts = [messages.instructor_prompt(*pair, cfg.shots, draws(i)) for i, pair in asked]
         groups = policy.sample(prompts, n, cfg.instructor_tokens, temperature)
     for seed, kind, group in zip(seeds, kinds, groups):
         for sample in group:
@@ -290,7 +274,9 @@ def propose(run: "Run", seeds: list[str], kinds: list[str], n: int, temperature:
         how = (policy.yes_probability, run.filter_mode, limits, run.filter.threshold)
         reasons = judge.filter_questions(questions, *how)
     for sample, reason in zip(parsed, reasons):
-        sample.reason = reason
+        asked = messages.follower_prompt(sample.question.instruction, cfg.think)
+        long = len(policy.chat.encode(asked)) > cfg.max_prompt_tokens
+        sample.reason = reason or ("over --max-prompt-tokens" if long else "")
     return groups
 
 
@@ -355,8 +341,10 @@ def write_questions(run: "Run", turn: int) -> dict:
             rejected.update(s.reason for s in proposals if s.reason)
             again = [i for i, s in enumerate(proposals) if s.reason]
             seeds, kinds = [seeds[i] for i in again], [kinds[i] for i in again]
+    # Accepted at the first attempt or the last: whoever takes the first few takes of both.
+    run.draw.shuffle(accepted)
     run.written[turn] = len(accepted)
-    text = "".join(json.dumps(asdict(q), ensure_ascii=False) + "\n" for q in accepted)
+    text = messages.json_lines([asdict(q) for q in accepted])
     replace_file(run.folder / f"turn{turn}" / "questions.jsonl", text.encode())
     return dict(questions=accepted, rejected=rejected, seconds=clock)
 
@@ -472,18 +460,17 @@ class Run:
         """The seeds that leave a quarter of the limit for their constraints."""
         cfg, encode = self.cfg, self.policy.chat.encode
         prompts = [encode(messages.follower_prompt(seed, cfg.think)) for seed in seeds]
-        limits = (cfg.max_prompt_tokens, cfg.max_new_tokens)
         config = self.policy.model.config.get_text_config(decoder=True)
         context = getattr(config, "max_position_embeddings", math.inf)
-        if sum(limits) > context:
-            both = "--max-prompt-tokens {} and --max-new-tokens {}".format(*limits)
-            raise InputError(f"{both} exceed the {context} tokens of context of {cfg.model}")
-        usable = [s for s, p in zip(seeds, prompts) if len(p) <= limits[0] * 3 // 4]
+        for role, most in messages.longest(cfg, encode, asks_a_model(cfg)).items():
+            if most > context:
+                mend = "lower --max-prompt-tokens, --max-new-tokens or --shots"
+                needs = f"{role} may need {most} tokens of context, {cfg.model} has {context}"
+                raise InputError(f"the {needs}; {mend}")
+        usable = [s for s, p in zip(seeds, prompts) if len(p) <= cfg.max_prompt_tokens * 3 // 4]
         if not usable:
-            limit = f"--max-prompt-tokens {limits[0]}"
-            raise InputError(
-                f"{cfg.seeds}: all {len(seeds)} seeds exceed three quarters of {limit}"
-            )
+            limit = f"three quarters of --max-prompt-tokens {cfg.max_prompt_tokens}"
+            raise InputError(f"{cfg.seeds}: all {len(seeds)} seeds exceed {limit}")
         return usable
 
     def left(self, turn: int, stage: str, steps: int) -> Iterator[int]:
@@ -504,6 +491,20 @@ class Run:
                 self.bar.update()
                 if step == steps - 1 or time.time() - self.saved >= SAVE_SECONDS:
                     self.save()
+
+    def steps(self, turn: int, role: str) -> int:
+        """As set; else epochs, 3 of the Follower's in turn 1, SEIF's front-loaded schedule, else 1.
+
+        A q_T that is not written yet counts as a question for each of its seeds.
+        """
+        rows = len(self.seeds)
+        if role == "follower":
+            rows = self.written.get(turn, min(self.cfg.questions or rows, rows))
+        given = getattr(self.cfg, f"{role}_steps").split(",")
+        if given[0] and rows:
+            return int(given[min(turn, len(given)) - 1])
+        epochs = 3 if (role, turn) == ("follower", 1) else 1
+        return math.ceil(epochs * rows / self.cfg.batch)
 
     def kinds(self, seeds: list[str]) -> list[str]:
         """hard or soft for each seed, drawn; hard where nobody could judge a soft one."""
@@ -555,7 +556,7 @@ class Run:
         row = self.unit | (report.show(self, done) if report else done.get("metrics", {}))
         row["wall"] = time.time() - self.unit_start
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(messages.json_lines([row]))
 
     def save(self) -> None:
         """Replace the state: adapters, optimisers, and how many units are done."""
@@ -620,16 +621,6 @@ def seed_unit(seed: int, turn: int, stage: str, step: int) -> random.Random:
     return random.Random(number)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write beside it, then rename: a reader, or a power cut, never sees half a file."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 # ------------------------------------------------------------ commands
 def open_run(folder: str, turn: int = 0) -> tuple[Config, Policy, int]:
     """A run for eval and chat: its settings, the policy with `follower`, and of which turn."""
@@ -640,7 +631,8 @@ def open_run(folder: str, turn: int = 0) -> tuple[Config, Policy, int]:
         cfg = Config(**settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not the settings of a run of seif.py ({error})") from error
-    done = [int(p.parent.name[4:]) for p in Path(folder).glob("turn[0-9]*/follower")]
+    adapters = Path(folder).glob("turn[0-9]*/follower/adapter_model.safetensors")
+    done = [int(path.parent.parent.name[4:]) for path in adapters]
     turn = turn or max(done, default=1)
     if turn not in done:
         mend = f"let python seif.py --out {folder} finish it"
@@ -660,6 +652,9 @@ def main(argv: list[str]) -> int:
             command = rl.extra(argv[0])
             if command is None:
                 raise InputError(f"{argv[0]} comes with extras/, which is not here")
+            if not argv[1:]:
+                runs = ", ".join(str(p.parent) for p in sorted(Path("runs").glob("*/config.json")))
+                raise InputError(f"{argv[0]} needs a run folder; under runs/: {runs or 'none yet'}")
             command.main(argv[1:], open_run)
         else:
             train(read_config(argv))

@@ -3,8 +3,8 @@ does better than another on the same rows.
 """
 
 import argparse
-import json
 import math
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -81,8 +81,7 @@ def read_rows(path: str) -> list[dict]:
 
 def write_rows(path, rows: list[dict]) -> None:
     """One JSON object a line."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    messages.replace_file(Path(path), messages.json_lines(rows).encode())
 
 
 def evaluate(policy, role: str | None, rows: list[dict], cfg) -> tuple[dict, list[dict]]:

@@ -27,13 +27,48 @@ def show(run, done: dict) -> dict:
     kinds = {"instructor": proposals, "follower": answers, "questions": questions}
     kinds |= {"qualification": qualified, "evaluation": turn_end}
     row = kinds[stage](run, done) | {"seconds": dict(done["seconds"])}
-    run.bar.set_postfix_str(bar_text(row))
+    path = run.folder / "log.jsonl"
+    log = [row for _, row in messages.read_jsonl(path)] if path.exists() else []
+    left = minutes_left(run, [*log, run.unit | {"wall": time.time() - run.unit_start}])
+    run.bar.set_postfix_str(f"{left}, {bar_text(row)}")
     if stage == "evaluation":
-        log = [row for _, row in messages.read_jsonl(run.folder / "log.jsonl")]
         last = run.unit | row | {"wall": time.time() - run.unit_start}
-        run.bar.write(turn_table([*log, last]))
+        run.bar.write(turn_table([*log, json.loads(messages.json_lines([last]))]))
         write_samples(run.folder, log)
     return row
+
+
+def schedule(run) -> dict[tuple[int, str], int]:
+    """(turn, stage) -> steps, of the whole run"""
+    turns = range(1, run.cfg.turns + 1)
+    steps = {(t, role): run.steps(t, role) for t in turns for role in ("instructor", "follower")}
+    return steps | {(t, stage): 1 for t in turns for stage in ("questions", "evaluation")}
+
+
+def plan(run) -> str:
+    """What the run is about to do, for who has to wait for it."""
+    cfg, steps = run.cfg, schedule(run)
+    lines = []
+    for turn in range(1, cfg.turns + 1):
+        teach, learn = (steps[turn, role] for role in ("instructor", "follower"))
+        lines.append(f"  turn {turn}: {teach} Instructor steps, q_T, {learn} Follower steps")
+    size = f"{cfg.batch} prompts x {cfg.group} samples a step"
+    limits = f"proposals of {cfg.instructor_tokens} tokens, answers of {cfg.max_new_tokens} at most"
+    safe = "Ctrl-C is safe: the same command goes on; after the first step the bar says how long"
+    return "\n".join([*lines, f"  {size}; {limits}", f"  {safe}"])
+
+
+def minutes_left(run, rows: list[dict]) -> str:
+    """Of the whole run, from what its units took so far; a stage not seen yet takes the mean."""
+    walls: dict[str, list[float]] = {}
+    for row in rows:
+        walls.setdefault(row["stage"], []).append(row["wall"])
+    usual = statistics.fmean(row["wall"] for row in rows)
+    done = Counter((row["turn"], row["stage"]) for row in rows)
+    left = {place: max(0, steps - done[place]) for place, steps in schedule(run).items()}
+    took = lambda stage: statistics.fmean(walls[stage]) if stage in walls else usual
+    seconds = sum(steps * took(stage) for (_, stage), steps in left.items())
+    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"
 
 
 def proposals(run, done: dict) -> dict:
@@ -124,6 +159,8 @@ def qualified(run, done: dict) -> dict:
 def say(name: str, ranking: judge.Ranking, yes: str, no: str) -> None:
     """One line on a role that gives verdicts."""
     figures = f"AUC {ranking.auc:.2f} ({ranking.low:.2f} to {ranking.high:.2f})"
+    if math.isnan(ranking.auc):
+        figures = "too few right ones, or wrong ones, to tell,"
     then = f"{yes} from P(yes) {ranking.threshold:.2f} on" if ranking.believed else no
     tqdm.write(f"{name}: {figures} on {ranking.cases} verdicts that rules know; {then}")
 
@@ -142,7 +179,7 @@ def turn_end(run, done: dict) -> dict:
     if not base_file.exists():
         base, records = evaluation.evaluate(run.policy, None, run.heldout, run.cfg)
         evaluation.write_rows(run.folder / "heldout_base.jsonl", records)
-        base_file.write_text(json.dumps(base))
+        messages.replace_file(base_file, messages.json_lines([base]).encode())
     follower, records = evaluation.evaluate(run.policy, "follower", run.heldout, run.cfg)
     evaluation.write_rows(place / "heldout.jsonl", records)
     row = {"heldout_base": json.loads(base_file.read_text()), "heldout_follower": follower}
@@ -207,7 +244,7 @@ def turn_table(rows: list[dict]) -> str:
         span = lambda steps: " -> ".join(f"{steps[i]['reward']:.2f}" for i in (0, -1) if steps)
         valid = f"{sum(r['valid'] for r in teach) / len(teach):.0%}" if teach else "-"
         tried = [r["judger"]["auc"] for r in mine if "judger" in r]
-        auc = f"{tried[0]:.2f}" if tried else "-"
+        auc = f"{tried[0]:.2f}" if tried and tried[0] is not None else "-"
         base_r, kl = last["base_r_on_questions"], [0.0, *(r["kl"] for r in learn if "kl" in r)][-1]
         before, after = (last[f"heldout_{k}"]["instruction_strict"] for k in ("base", "follower"))
         r = "-" if base_r is None else f"{base_r:.2f}"

@@ -7,10 +7,14 @@ answer. The wording is in the .txt files beside this one.
 import csv
 import io
 import json
-import random
+import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from prompts.constraints import MAX_CONSTRAINT_CHARS
 
 PROMPTS = Path(__file__).parent
 # Constraints asked for, as in SEIF: machine-checkable ones, open ones.
@@ -65,6 +69,29 @@ def whole_text(value):
     """JSON with lone surrogates, which no tokenizer takes, replaced: "\\ud83d" -> "\\ufffd"."""
     text = json.dumps(value, ensure_ascii=False)
     return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
+def json_lines(rows: list[dict]) -> str:
+    """One JSON object a line. What is no number is null: NaN is not JSON."""
+    return "".join(json.dumps(_numbers(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def _numbers(value):
+    if isinstance(value, dict):
+        return {key: _numbers(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_numbers(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write beside it, then rename: a reader, or a power cut, never sees half a file."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -149,11 +176,11 @@ def _say(role: str, content: str) -> dict:
 OPENING = {"hard": '{"c1": "Your answer must', "soft": '{"c1": "'}
 
 
-def instructor_prompt(seed: str, kind: str, shots: int, draw: random.Random) -> list[dict]:
+def instructor_prompt(seed: str, kind: str, examples: list[Question]) -> list[dict]:
     """A system line, worked examples as chat turns, the seed, and the answer's beginning."""
     ask = "Write {} constraints on how to answer this question, as JSON.\nQuestion: {}"
     messages = [_say("system", prompt_text(f"instructor_{kind}"))]
-    for example in draw.sample(instructor_examples(kind), shots):
+    for example in examples:
         proposal = {f"c{i}": c for i, c in enumerate(example.constraints, 1)}
         messages.append(_say("user", ask.format(KINDS[kind], example.seed)))
         messages.append(_say("assistant", json.dumps(proposal, ensure_ascii=False)))
@@ -184,3 +211,22 @@ def judger_prompt(question: Question, answer: str, constraint: str) -> list[dict
         "Does the answer satisfy this one constraint? Reply yes or no."
     )
     return [_say("user", asked)]
+
+
+def longest(cfg, encode: Callable, asked: bool) -> dict[str, int]:
+    """Tokens that each role may come to read and write, the Judger if it is `asked` at all.
+
+    encode: messages -> ids
+    """
+    follower = cfg.max_prompt_tokens + cfg.max_new_tokens
+    most = {"Follower": follower, "Instructor": 0}
+    for kind in KINDS:
+        by_size = sorted(instructor_examples(kind), key=lambda q: len(q.instruction))
+        shown = by_size[len(by_size) - cfg.shots :]
+        given = len(encode(instructor_prompt("", kind, shown))) + cfg.max_prompt_tokens * 3 // 4
+        most["Instructor"] = max(most["Instructor"], given + cfg.instructor_tokens)
+    if asked:
+        constraint = "word " * (MAX_CONSTRAINT_CHARS // 5)
+        blank = judger_prompt(Question("", "hard", ()), "", constraint)
+        most["Judger"] = follower + len(encode(blank))
+    return most

@@ -362,8 +362,8 @@ def test_prompts_put_what_is_shared_first():
     at = one["content"].rindex("Use no commas.")
     assert one["content"][:at] == two["content"][:at]
     assert "apple" in one["content"][:at] and question.instruction in one["content"][:at]
-    draws = lambda: random.Random(1)
-    first, second = (messages.instructor_prompt(s, "hard", 3, draws()) for s in ("One?", "Two?"))
+    examples = messages.instructor_examples("hard")[:3]
+    first, second = (messages.instructor_prompt(s, "hard", examples) for s in ("One?", "Two?"))
     assert first[:-2] == second[:-2] and len(first) == 1 + 2 * 3 + 2
     assert [m["role"] for m in first] == ["system", *["user", "assistant"] * 4]
     assert "One?" in first[-2]["content"] and first[-1]["content"] == messages.OPENING["hard"]

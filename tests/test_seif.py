@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-import random
+import math
 import re
 import shutil
 import signal
+import types
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +118,13 @@ def test_a_run_of_two_turns_leaves_log_adapters_and_questions(finished):
     assert not list(finished.rglob("*.part"))
 
 
+def test_the_log_is_json_even_where_a_figure_is_none():
+    odd = {"auc": math.nan, "rows": [(1, -math.inf)], "text": "\u2028"}
+    text = messages.json_lines([odd, {}])
+    assert text.count("\n") == 2 and "NaN" not in text and "Inf" not in text
+    assert json.loads(text.split("\n")[0]) == {"auc": None, "rows": [[1, None]], "text": "\u2028"}
+
+
 def test_samples_are_readable(finished):
     text = (finished / "samples.md").read_text()
     for turn in (1, 2):
@@ -124,6 +132,29 @@ def test_samples_are_readable(finished):
             assert f"\n## Turn {turn}, {stage}\n" in text
     assert re.search(r"^\*\*(Say hi|Name a fruit|Sing)\.\*\* \(reward \d\.\d\d\)$", text, re.M)
     assert re.search(r"^- `[+-]` Your answer must .* \(rule\)$", text, re.M)
+
+
+def test_the_plan_and_the_time_left_of_the_whole_run(setup, monkeypatch, capsys):
+    shown, real = [], report.minutes_left
+    monkeypatch.setattr(report, "minutes_left", lambda *a: shown.append(real(*a)) or shown[-1])
+    monkeypatch.setattr(report.time, "time", lambda clock=[0]: clock.append(clock[-1] + 60) or 60.0)
+    assert seif.main(setup("run")) == 0
+    text = capsys.readouterr().out
+    assert "turn 1: 2 Instructor steps, q_T, 2 Follower steps" in text
+    assert "turn 2: 1 Instructor steps" in text and "2 prompts x 4 samples a step" in text
+    assert len(shown) == 11 and shown[-1] == "0 min left"
+
+
+def test_time_left_is_what_each_stage_took_times_what_is_left_of_it():
+    cfg = types.SimpleNamespace(turns=2)
+    run = types.SimpleNamespace(cfg=cfg, steps=lambda turn, role: 3)
+    row = lambda turn, stage, wall: dict(turn=turn, stage=stage, wall=wall)
+    rows = [row(1, "instructor", 50.0), row(1, "instructor", 70.0)]
+    # Twelve steps and four others, of which two are done: 14 minutes.
+    assert report.minutes_left(run, rows) == "14 min left"
+    # Four Instructor's steps at 60 s, five Follower's at 600, four others at the mean, 240.
+    assert report.minutes_left(run, [*rows, row(1, "follower", 600.0)]) == "70 min left"
+    assert report.minutes_left(run, [*rows, row(1, "follower", 6000.0)]) == "10.7 h left"
 
 
 def test_the_table_has_a_line_for_every_turn(finished):
@@ -348,6 +379,21 @@ def test_the_follower_starts_from_a_given_adapter(setup, tmp_path, capsys):
     assert "nowhere: not a LoRA adapter" in error(capsys, nowhere)
 
 
+def test_a_judger_that_would_read_beyond_the_context_is_refused(setup, capsys):
+    limits = dict(max_prompt_tokens=3400, max_new_tokens=500, filter="llm")
+    assert "the Judger may need" in error(capsys, setup("run", **limits))
+
+
+def test_instructions_over_the_limit_are_no_questions(setup, tmp_path):
+    """The seeds fit with a quarter to spare, the constraints do not."""
+    encode = rl.load(str(tmp_path / "model"), bits=16).chat.encode
+    seeds = messages.read_seeds(tmp_path / "seeds.txt")
+    limit = max(len(encode(messages.follower_prompt(s, False))) for s in seeds) * 4 // 3 + 1
+    assert seif.main(setup("run", **ONE_STEP, max_prompt_tokens=limit)) == 0
+    taught, made, *_ = rows_of(tmp_path / "run" / "log.jsonl")
+    assert taught["rejected"]["over --max-prompt-tokens"] and made["questions"] == 0
+
+
 def test_long_seeds_are_skipped_and_counted(setup, tmp_path, capsys):
     seeds = tmp_path / "mixed.txt"
     seeds.write_text("Say hi.\n" + "word " * 3000 + "\nSing.\n")
@@ -464,7 +510,8 @@ SETTINGS = [
     ("hard_share", 1.5, "--hard-share 1.5"),
     ("follower_steps", "3,x", "--follower-steps 3,x"),
     ("instructor_steps", "2,-1", "--instructor-steps 2,-1"),
-    ("max_prompt_tokens", 2040, "exceed the 2048 tokens of context"),
+    ("max_prompt_tokens", 4090, "Follower may need 4102 tokens of context"),
+    ("instructor_tokens", 4000, "Instructor may need"),
     ("model", "no/model", "--model no/model"),
     ("rank", 99, "--rank 99"),
 ]
@@ -504,6 +551,17 @@ def test_a_run_folder_of_other_settings_is_refused_and_kept(setup, finished, tmp
     assert before == {p: p.read_bytes() for p in before}
     # What changes no number is no other setting.
     assert seif.main([*same_inputs, "--out", str(run), "--token-budget", "1000"]) == 0
+
+
+@pytest.mark.parametrize("command", ["eval", "chat", "plot"])
+def test_a_command_without_a_run_lists_the_runs(finished, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    assert "none yet" in error(capsys, [command])
+    for name in ("b", "a"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text("{}")
+    places = [str(Path("runs") / name) for name in ("a", "b")]
+    assert error(capsys, [command]).strip().endswith(", ".join(places))
 
 
 def test_two_runs_in_one_folder(setup, tmp_path, capsys):
@@ -577,7 +635,8 @@ def test_embedded_model_knows_something_and_takes_no_orders(embedded):
 def test_embedded_model_proposes_valid_constraints(embedded):
     torch.manual_seed(0)
     seeds = messages.read_seeds(messages.PROMPTS / "seeds.jsonl")[:2]
-    prompts = [messages.instructor_prompt(s, "hard", 4, random.Random(0)) for s in seeds]
+    examples = messages.instructor_examples("hard")[:4]
+    prompts = [messages.instructor_prompt(s, "hard", examples) for s in seeds]
     texts = [s.text for group in embedded.sample(prompts, 4, 80, 0.7) for s in group]
     assert sum(judge.parse_constraints(text, 3)[1] == "" for text in texts) >= 2, "\n".join(texts)
 

@@ -23,6 +23,7 @@ MODEL = dict(
     num_hidden_layers=1,
     num_attention_heads=2,
     num_key_value_heads=1,
+    max_position_embeddings=4096,
 )
 BANK = [
     "Your answer must not contain any commas.",
