@@ -33,6 +33,7 @@ CLIP_LOW, CLIP_HIGH, MAX_GRAD_NORM = 0.2, 0.3, 1.0
 MIN_VERDICT_MASS = 1e-3
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Stands in a completion for a token that could not be chosen.
 NOT_A_TOKEN = -1
 # What reading a model's or an adapter's files may raise.
@@ -55,13 +56,15 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.use = base, use
         self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
+        # Both as the activations' type, while nothing is trained (Policy.inference).
+        self.cast: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
         y, role = self.base(x), self.use["role"]
         if role is None:
             return y
-        A, B = self.A[role].to(x.dtype), self.B[role].to(x.dtype)
+        A, B = self.cast or (self.A[role].to(x.dtype), self.B[role].to(x.dtype))
         # The sum and B's product in one kernel: each would else be another tensor of y's size.
         down = F.linear(x, A).flatten(0, -2)
         return torch.addmm(y.flatten(0, -2), down, B.T, alpha=self.scale[role]).view_as(y)
@@ -249,6 +252,19 @@ class Policy:
         finally:
             self.use["role"] = before
 
+    @contextmanager
+    def inference(self):
+        """No gradients: the adapter in use is cast once, not at each call of each layer."""
+        role, layers = self.use["role"], self.lora.values()
+        for layer in layers if role else ():
+            layer.cast = tuple(m[role].detach().to(self.model.dtype) for m in (layer.A, layer.B))
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in layers:
+                layer.cast = None
+
     def add(self, role: str, seed: int = 0, rank: int = 0) -> None:
         """A fresh adapter as peft makes it: A uniform (Kaiming, a = sqrt 5), B zero."""
         rank = rank or self.rank
@@ -309,8 +325,9 @@ class Policy:
         # A draw for each sample and position: how many run side by side changes rounding alone.
         uniform = 1 - torch.rand(len(prompts), n, max_new_tokens)
         work = lambda: self.engine.sample(prompts, uniform, temperature) if prompts else []
-        groups = []
-        for asked, prompt, completions in zip(messages, prompts, self.with_memory(work)):
+        with self.inference():
+            done, groups = self.with_memory(work), []
+        for asked, prompt, completions in zip(messages, prompts, done):
             opening = asked[-1]["content"] if asked[-1]["role"] == "assistant" else ""
             completions = [cut_at_eos(ids, self.chat.eos) for ids in completions]
             if any(NOT_A_TOKEN in ids for ids in completions):
@@ -328,7 +345,9 @@ class Policy:
         """
         prompts = [self.chat.encode(m) for m in messages]
         yes, no = self.chat.verdict_tokens
-        probabilities = self.with_memory(lambda: self.engine.next_probabilities(prompts, yes + no))
+        with self.inference():
+            work = lambda: self.engine.next_probabilities(prompts, yes + no)
+            probabilities = self.with_memory(work)
         p_yes, p_no = (p.sum(1) for p in probabilities.split([len(yes), len(no)], 1))
         known = p_yes + p_no > MIN_VERDICT_MASS
         return torch.where(known, p_yes / (p_yes + p_no), math.nan).tolist()
@@ -347,21 +366,28 @@ class Policy:
                 torch.cuda.empty_cache()
 
 
-def load(model: str, bits=4, device=None, rank=16, alpha=32.0, engine="packed", **limits) -> Policy:
+def fast_dtype(cuda: bool) -> str:
+    """bf16 where it multiplies in it, else fp16 on a GPU, and fp32 on a CPU."""
+    if cuda:
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+
+
+def load(
+    model: str, bits=4, device=None, rank=16, alpha=32.0, engine="packed", dtype="auto", **limits
+) -> Policy:
     """Load a causal language model (Hugging Face id or local folder) with a chat template.
 
-    bits 4 is nf4 with double quantisation (Dettmers et al. 2023), 16 the compute type: on a GPU
-    bf16, fp16 before compute capability 8, on the CPU fp32. `limits` go to the packed engine.
+    bits 4 is nf4 with double quantisation (Dettmers et al. 2023), 16 the weights as they are;
+    dtype is what it computes in, LoRA masters stay fp32. `limits` go to the packed engine.
     """
     cpu, packing = (extra(name) for name in ("cpu", "packing"))
     if (Path(model) / "adapter_config.json").exists():
         mend = "give its base model, and this folder as --init-follower"
         raise ModelError(f"--model {model}: a LoRA adapter; {mend}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.float32
-    if device.type == "cuda":
-        new = torch.cuda.get_device_capability(device)[0] >= 8
-        dtype = torch.bfloat16 if new else torch.float16
+    dtype = DTYPES[fast_dtype(device.type == "cuda") if dtype == "auto" else dtype]
     how = dict(dtype=dtype, device_map={"": device}, use_safetensors=True)  # never a pickle
     if bits == 4:
         nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -484,11 +510,10 @@ def grpo_step(policy: Policy, role: str, reference: str | None, groups, optimize
     return metrics | {"grad_norm": sum(norms) / len(norms) if norms else math.nan}
 
 
-@torch.no_grad()
 def score(policy: Policy, role: str | None, samples, field: str, temperature: float) -> None:
     """Fill a field of the samples with their log-probabilities under `role`."""
     pairs = [(s.prompt, s.tokens) for s in samples]
-    with policy.using(role):
+    with policy.using(role), policy.inference():
         for members, values in policy.engine.logprobs(pairs, temperature):
             for i, logp in zip(members, values):
                 setattr(samples[i], field, logp)

@@ -40,6 +40,7 @@ import filelock
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import judge
@@ -59,6 +60,7 @@ QWEN, EMBEDDED = "Qwen/Qwen2.5-1.5B-Instruct", "SmolLM2-135M-Instruct"
 FILTER = "llm: code, then the model; code; rules: code, and no hard one that no rule knows; off"
 JUDGE = "hybrid: rules where they decide, else the model; llm: the model alone, the paper's way"
 REWARD = "the Instructor's; hardest: 1 - r, the paper's; frontier: most where half succeed"
+DTYPES = ("auto", *rl.DTYPES)
 # Attempts per seed at a question that the Filter accepts, and their temperature (the paper's).
 ATTEMPTS, QUESTION_TEMPERATURE = 3, 0.7
 # Verdicts whose truth rules know that the Judger is tried on at the start of a turn, at most.
@@ -86,6 +88,7 @@ class Config:
     out: str = row("runs/seif", "run folder", may_change=True)
     model: str = row(QWEN, "Hugging Face id or folder of a chat model", small=EMBEDDED)
     bits: int = row(4, "4: nf4, double quantisation; 16: none", choices=(4, 16))
+    dtype: str = row("auto", "computes in; auto: what this machine is fast in", choices=DTYPES)
     engine: str = row("packed", "plain: rl.py's own, slow", choices=("packed", "plain"))
     seeds: str = row("", "seed questions: JSON lines, CSV, parquet, text; empty: ours")
     heldout: str = row("", "rows in IFEval's format, measured each turn; empty: ours")
@@ -119,7 +122,6 @@ class Config:
     instructor_tokens: int = row(512, "a proposal's", small=96, least=1)
     max_prompt_tokens: int = row(1024, "longer seeds are skipped and counted, never cut", least=1)
     eval_rows: int = row(0, "held-out rows and questions measured per turn; 0: all", small=40)
-    token_budget: int = row(2048, "distinct tokens a packed row: memory", least=1, may_change=True)
 
 
 # What --quick takes of the small preset.
@@ -180,7 +182,7 @@ def load_policy(cfg: Config) -> Policy:
         if smollm2 is None:
             raise InputError("the embedded model comes with extras/: give --model FOLDER")
         path = str(smollm2.folder())
-    how = dict(rank=cfg.rank, alpha=2 * cfg.rank, engine=cfg.engine, token_budget=cfg.token_budget)
+    how = dict(rank=cfg.rank, alpha=2 * cfg.rank, engine=cfg.engine, dtype=cfg.dtype)
     return rl.load(path, cfg.bits, **how)
 
 
@@ -398,6 +400,9 @@ def locked_folder(cfg: Config):
         lock.acquire(timeout=0)
         old = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
         own["begun"] = old.get("begun", own["begun"])
+        if cfg.dtype == "auto":
+            # A run goes on in the type that it began in, on whatever machine.
+            own["dtype"] = cfg.dtype = old.get("dtype", rl.fast_dtype(torch.cuda.is_available()))
         begun = date.fromisoformat(own["begun"])
     except filelock.Timeout as error:
         mend = "give another --out, or stop that one"
@@ -570,7 +575,8 @@ class Run:
         state |= dict(adapters=adapters, optimizers=optimizers)
         # By way of memory: on a full disk torch's own writer raises what is no OSError.
         buffer = io.BytesIO()
-        torch.save(on_cpu(state), buffer)
+        # On the CPU, where any machine can load it.
+        torch.save(tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), state), buffer)
         replace_file(self.folder / "state.pt", buffer.getvalue())
         self.saved = time.time()
 
@@ -604,15 +610,6 @@ class Run:
         replace_file(log, b"".join(lines))
 
 
-def on_cpu(value):
-    """Nested dicts and lists with their tensors on the CPU, where any machine can load them."""
-    if isinstance(value, dict):
-        return {key: on_cpu(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [on_cpu(v) for v in value]
-    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
-
-
 def seed_unit(seed: int, turn: int, stage: str, step: int) -> random.Random:
     """Seed every random number of one unit, torch's and the returned ones."""
     digest = hashlib.sha256(f"{seed}/{turn}/{stage}/{step}".encode()).digest()
@@ -622,27 +619,6 @@ def seed_unit(seed: int, turn: int, stage: str, step: int) -> random.Random:
 
 
 # ------------------------------------------------------------ commands
-def open_run(folder: str, turn: int = 0) -> tuple[Config, Policy, int]:
-    """A run for eval and chat: its settings, the policy with `follower`, and of which turn."""
-    path = Path(folder) / "config.json"
-    try:
-        settings = json.loads(messages.read_text(path))
-        begun = date.fromisoformat(settings.pop("begun", date.today().isoformat()))
-        cfg = Config(**settings)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not the settings of a run of seif.py ({error})") from error
-    adapters = Path(folder).glob("turn[0-9]*/follower/adapter_model.safetensors")
-    done = [int(path.parent.parent.name[4:]) for path in adapters]
-    turn = turn or max(done, default=1)
-    if turn not in done:
-        mend = f"let python seif.py --out {folder} finish it"
-        raise InputError(f"{folder}: no adapter of turn {turn} in it yet; {mend}")
-    policy = load_policy(cfg)
-    policy.chat.today = begun
-    policy.load_adapter("follower", Path(folder) / f"turn{turn}" / "follower")
-    return cfg, policy, turn
-
-
 def main(argv: list[str]) -> int:
     """Run a command; errors that the user can mend end in one line and status 2."""
     # A polite kill is a Ctrl-C.
@@ -655,7 +631,7 @@ def main(argv: list[str]) -> int:
             if not argv[1:]:
                 runs = ", ".join(str(p.parent) for p in sorted(Path("runs").glob("*/config.json")))
                 raise InputError(f"{argv[0]} needs a run folder; under runs/: {runs or 'none yet'}")
-            command.main(argv[1:], open_run)
+            command.main(argv[1:], sys.modules[__name__])
         else:
             train(read_config(argv))
         return 0

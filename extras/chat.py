@@ -3,10 +3,11 @@
 import argparse
 
 import judge
+from extras.eval import open_run
 from prompts import messages
 
 
-def main(argv: list[str], open_run) -> None:
+def main(argv: list[str], seif) -> None:
     """`chat RUN`: an empty line or Ctrl-D ends it."""
     parser = argparse.ArgumentParser("seif.py chat", description=main.__doc__)
     parser.add_argument("run", help="run folder")
@@ -15,7 +16,7 @@ def main(argv: list[str], open_run) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     args = parser.parse_args(argv)
-    cfg, policy, turn = open_run(args.run, args.turn)
+    cfg, policy, turn = open_run(seif, args.run, args.turn)
     name = "base model" if args.base else f"Follower of turn {turn}"
     print(f"{name}; an empty line ends the conversation")
     history = []

@@ -1,19 +1,36 @@
 """eval.py: `python seif.py eval RUN`, accuracy on rows in IFEval's format, and whether one policy
-does better than another on the same rows.
+does better than another on the same rows, and at what price.
+
+The price is sense: a reward that checks constraints alone can be had by answers that say nothing.
+So two figures under the base model stand beside the accuracy, for rows that name their "seed", the
+question without its constraints:
+
+    fluency   log p(answer | prompt), the mean over its tokens, in nats
+    about     log p(answer | its seed) - log p(answer | another row's seed), the mean over its
+              tokens: pointwise mutual information. Given the seed alone, or copying a constraint
+              would count as sense. An answer is about its question where this is above what 95 %
+              of the base model's own free answers, to seeds without constraints, have.
 """
 
 import argparse
+import json
 import math
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import judge
+import rl
 from prompts import messages
 
 # Rows answered between two moves of the progress bar.
 CHUNK = 64
+# The share of the base model's own free answers that count as being about their question.
+ON_TOPIC = 0.95
+# Free answers that the threshold is taken from, at most.
+FREE_ANSWERS = 128
 
 
 def _counts(records: list[dict], level: str) -> np.ndarray:
@@ -57,6 +74,16 @@ def compare(base: list[dict], other: list[dict], level="strict", draws: int = 10
     return dict(difference=float(difference), low=float(low), high=float(high), p=float(p))
 
 
+def compare_fluency(base: list[dict], other: list[dict], draws: int = 10_000) -> dict:
+    """The paired difference of the mean fluency, in nats a token, and its 95 % interval."""
+    both = [(a["fluency"], b["fluency"]) for a, b in zip(base, other)]
+    gain = np.array([[b - a] for a, b in both if a is not None and b is not None])
+    if not len(gain):
+        return dict(difference=math.nan, low=math.nan, high=math.nan)
+    low, high = np.quantile(_resample(gain, draws) / len(gain), (0.025, 0.975))
+    return dict(difference=float(gain.mean()), low=float(low), high=float(high))
+
+
 def read_rows(path: str) -> list[dict]:
     """Rows {"prompt", "instruction_id_list", "kwargs"}, in IFEval's form; errors name the line."""
     rows = []
@@ -84,23 +111,102 @@ def write_rows(path, rows: list[dict]) -> None:
     messages.replace_file(Path(path), messages.json_lines(rows).encode())
 
 
-def evaluate(policy, role: str | None, rows: list[dict], cfg) -> tuple[dict, list[dict]]:
-    """Greedy answers to IFEval rows, under a bar: accuracies, and a record per row."""
+def answers(policy, role: str | None, prompts: list[str], cfg) -> tuple[list, list[str]]:
+    """Greedy answers, under a bar: (samples, what is judged of them)"""
     samples = []
-    with policy.using(role), tqdm(total=len(rows), desc="answers", leave=False) as bar:
-        for at in range(0, len(rows), CHUNK):
-            part = rows[at : at + CHUNK]
-            prompts = [messages.follower_prompt(row["prompt"], cfg.think) for row in part]
-            samples += [s for (s,) in policy.sample(prompts, 1, cfg.max_new_tokens, 0.0)]
+    with policy.using(role), tqdm(total=len(prompts), desc="answers", leave=False) as bar:
+        for at in range(0, len(prompts), CHUNK):
+            part = [messages.follower_prompt(p, cfg.think) for p in prompts[at : at + CHUNK]]
+            samples += [s for (s,) in policy.sample(part, 1, cfg.max_new_tokens, 0.0)]
             bar.update(len(part))
     # An answer out of form is judged as it stands: a base model is not failed for its wrapping.
-    texts = [judge.extract_answer(s.text, cfg.think) or s.text for s in samples]
+    return samples, [judge.extract_answer(s.text, cfg.think) or s.text for s in samples]
+
+
+def evaluate(policy, role: str | None, rows: list[dict], cfg, least: float | None = None) -> tuple:
+    """Greedy answers to IFEval rows: (accuracies and sense, a record per row).
+
+    least: the mutual information of an answer that is about its question, on_topic_from().
+    """
+    samples, texts = answers(policy, role, [row["prompt"] for row in rows], cfg)
     records = [judged(row, text) for row, text in zip(rows, texts)]
     for record, sample in zip(records, samples):
         record["tokens"] = len(sample.tokens)
+    add_sense(policy, rows, records)
     about = {"rows": len(rows), "truncated": sum(not s.ended for s in samples) / len(rows)}
     about["length"] = sum(r["tokens"] for r in records) / len(records)
-    return about | accuracy(records), records
+    return about | accuracy(records) | sense(records, least), records
+
+
+def add_sense(policy, rows: list[dict], records: list[dict]) -> None:
+    """Each record's "fluency" and "about", None where a row names no seed or there is no answer."""
+    seeds = [row.get("seed") for row in rows]
+    known = [i for i, r in enumerate(records) if seeds[i] and r["response"].strip()]
+    texts = [records[i]["response"] for i in known]
+    fluency = mean_logprobs(policy, [rows[i]["prompt"] for i in known], texts)
+    about = information(policy, [seeds[i] for i in known], texts)
+    for record in records:
+        record["fluency"] = record["about"] = None
+    for i, one, other in zip(known, fluency, about):
+        records[i]["fluency"], records[i]["about"] = one, other
+
+
+def mean_logprobs(policy, prompts: list[str], texts: list[str]) -> list[float]:
+    """The base model's mean log p of a text's tokens as the answer to a prompt."""
+    samples = []
+    for prompt, text in zip(prompts, texts):
+        asked = [{"role": "user", "content": prompt}]
+        start = policy.chat.encode(asked)
+        whole = policy.chat.encode([*asked, {"role": "assistant", "content": text}])
+        samples.append(rl.Sample(start, whole[len(start) :], text, ended=True))
+    rl.score(policy, None, samples, "reference", 1.0)
+    return [s.reference.mean().item() for s in samples]
+
+
+def information(policy, seeds: list[str], texts: list[str]) -> list[float]:
+    """Pointwise mutual information per token of answers with their seeds, in nats.
+
+    The other seed of each is the next one that differs.
+    """
+    others = [
+        next((s for s in [*seeds[i + 1 :], *seeds[:i]] if s != seed), "")
+        for i, seed in enumerate(seeds)
+    ]
+    own, other = (mean_logprobs(policy, given, texts) for given in (seeds, others))
+    return [a - b for a, b in zip(own, other)]
+
+
+def on_topic_from(policy, rows: list[dict], cfg) -> float | None:
+    """What 95 % of the base model's free answers to the rows' seeds exceed; None without seeds."""
+    seeds = list(dict.fromkeys(row["seed"] for row in rows if row.get("seed")))[:FREE_ANSWERS]
+    if len(seeds) < 2:
+        return None
+    _, texts = answers(policy, None, seeds, cfg)
+    given = [(seed, text) for seed, text in zip(seeds, texts) if text.strip()]
+    if not given:
+        return None
+    return float(np.quantile(information(policy, *map(list, zip(*given))), 1 - ON_TOPIC))
+
+
+def on_topic(record: dict, least: float | None) -> bool | None:
+    """Whether an answer is about its question; an empty one is not."""
+    if least is None or (record["about"] is None and record["response"].strip()):
+        return None
+    return record["about"] is not None and record["about"] > least
+
+
+def sense(records: list[dict], least: float | None) -> dict[str, float]:
+    """The mean fluency, and the share of answers that are about their question; nan: not known."""
+    fluency = [r["fluency"] for r in records if r["fluency"] is not None]
+    about = [a for a in (on_topic(r, least) for r in records) if a is not None]
+    mean = lambda values: sum(values) / len(values) if values else math.nan
+    return {"fluency": mean(fluency), "about": mean(about)}
+
+
+def tripped(records: list[dict], least: float | None) -> float:
+    """The share of answers that meet every constraint and are not about the question."""
+    traps = [all(r["strict"]) and on_topic(r, least) is False for r in records]
+    return sum(traps) / len(traps)
 
 
 def judged(row: dict, response: str) -> dict:
@@ -135,9 +241,38 @@ def report(name: str, result: dict, records: list[dict], limit: int) -> None:
         strict, loose = (result[f"{level}_{kind}"] for kind in ("strict", "loose"))
         print(f"  {level:11}  strict {strict:6.1%}   loose {loose:6.1%}")
     print("  {:11}  strict {:.1%} to {:.1%} (95 %)".format("interval", *interval(records)))
+    if not math.isnan(result["fluency"]):
+        told = f"log p {result['fluency']:.2f} a token, {result['about']:.0%} about their question"
+        print(f"  {'sense':11}  {told}")
 
 
-def main(argv: list[str], open_run) -> None:
+def open_run(seif, folder: str, turn: int = 0) -> tuple:
+    """A finished turn of a run: (its settings, the policy with `follower`, which turn).
+
+    seif: that module, which may be running as the main program.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        settings = json.loads(messages.read_text(path))
+        begun = date.fromisoformat(settings.pop("begun", date.today().isoformat()))
+        cfg = seif.Config(**settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise messages.InputError(
+            f"{path}: not the settings of a run of seif.py ({error})"
+        ) from error
+    adapters = Path(folder).glob("turn[0-9]*/follower/adapter_model.safetensors")
+    done = [int(path.parent.parent.name[4:]) for path in adapters]
+    turn = turn or max(done, default=1)
+    if turn not in done:
+        mend = f"let python seif.py --out {folder} finish it"
+        raise messages.InputError(f"{folder}: no adapter of turn {turn} in it yet; {mend}")
+    policy = seif.load_policy(cfg)
+    policy.chat.today = begun
+    policy.load_adapter("follower", Path(folder) / f"turn{turn}" / "follower")
+    return cfg, policy, turn
+
+
+def main(argv: list[str], seif) -> None:
     """`eval RUN`: greedy answers to IFEval rows and their accuracy."""
     parser = argparse.ArgumentParser("seif.py eval", description=main.__doc__)
     parser.add_argument("run", help="run folder")
@@ -149,21 +284,25 @@ def main(argv: list[str], open_run) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=0, help="default: the run's")
     parser.add_argument("--out", help='write {"prompt", "response"} lines for IFEval\'s script')
     args = parser.parse_args(argv)
-    cfg, policy, turn = open_run(args.run, args.turn)
+    cfg, policy, turn = open_run(seif, args.run, args.turn)
     cfg.max_new_tokens = args.max_new_tokens or cfg.max_new_tokens
     rows = read_rows(args.data or cfg.heldout or messages.PROMPTS / "heldout.jsonl")[
         : args.rows or None
     ]
     roles = (None, "follower") if args.paired else (None,) if args.base else ("follower",)
-    tables = []
+    tables, least = [], on_topic_from(policy, rows, cfg)
     for role in roles:
-        result, records = evaluate(policy, role, rows, cfg)
+        result, records = evaluate(policy, role, rows, cfg, least)
         tables.append(records)
         name = f"Follower of turn {turn}" if role else "base model"
         report(name, result, records, cfg.max_new_tokens)
     if args.paired:
         line = "strict {difference:+.1%}, {low:+.1%} to {high:+.1%} (95 %), p = {p:.4f}"
         print(f"  difference   {line.format(**compare(*tables))}")
+        fluency = compare_fluency(*tables)
+        if not math.isnan(fluency["difference"]):
+            line = "log p  {difference:+.2f}, {low:+.2f} to {high:+.2f} (95 %)"
+            print(f"  {'':11}  {line.format(**fluency)}")
     if args.out:
         keep = ("prompt", "response")
         write_rows(args.out, [{key: record[key] for key in keep} for record in tables[-1]])

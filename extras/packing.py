@@ -13,6 +13,7 @@ here knows of adapters or roles.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from extras.cpu import trim
 
-# Logits held at once, in elements: 32 MiB of fp32, whatever the vocabulary.
-HEAD_CHUNK = 1 << 23
+# Logits held at once, in elements, whatever the vocabulary: 128 MiB of fp32, 32 on the CPU.
+HEAD_CHUNK = {"cuda": 1 << 25, "cpu": 1 << 23}
 # From so many tokens common to all prompts on, a sampling step reads them in one place.
 SHARED_FROM = 128
 # Tokens of the vocabulary summed together when sampling.
@@ -38,6 +39,8 @@ SLOTS = {"cuda": 256, "cpu": 64}
 # Without a GPU: MiB of keys and values, at most, and of activations kept for the backward pass,
 # since fresh memory costs there almost what it saves.
 CPU_KV_MIB, CPU_ACTIVATION_MIB = 1024, 64
+# Of what is free on a GPU, for either: keys and values are gone when activations come.
+GPU_SHARE = 0.8
 # As rl.NOT_A_TOKEN: where logits are no numbers.
 NOT_A_TOKEN = -1
 # Samplings after which what an out-of-memory took is given back, half by half.
@@ -201,6 +204,8 @@ class SlotSight:
         # (n, W): how far back a column is; below 0 it is not filled yet.
         self.back, self.dtype, self.shared = length[:, None] - columns, dtype, shared
         self.masks: dict[int | None, Tensor] = {}
+        # (n * kv heads, 1, W), the same in all layers
+        self.by_head: Tensor | None = None
 
     def handle(self) -> Tensor:
         """The attention mask to give to the model: carries this object to every layer."""
@@ -222,8 +227,11 @@ class SlotSight:
         """query (n, H, 1, D), key and value (n, h, W, D) -> (n, 1, H, D)"""
         if self.shared is None:
             return masked(module, query, key, value, self._mask(window), scale, bend)
+        if self.by_head is None:
+            mask = self._mask(None).expand(-1, key.shape[1], -1, -1)
+            self.by_head = mask.flatten(0, 1)
         shared = self.shared.kv[module.layer_idx]
-        return attention_after(shared, query, key, value, self._mask(None), scale)
+        return attention_after(shared, query, key, value, self.by_head, scale)
 
 
 def attention_after(shared, query, key, value, mask, scale) -> Tensor:
@@ -231,20 +239,28 @@ def attention_after(shared, query, key, value, mask, scale) -> Tensor:
 
     The samples' queries are the rows of one matrix, so that shared keys are read once, not n times.
     shared key and value (1, h, P, D), query (n, H, 1, D), key and value (n, h, W, D), mask
-    (n, 1, 1, W) additive -> (n, 1, H, D)
+    (n * h, 1, W) additive -> (n, 1, H, D)
     """
     n, heads, _, dim = query.shape
+    kv_heads, scale = key.shape[1], scale or dim**-0.5
     shared_key, shared_value = (t[0] for t in shared)
-    # (n, h, H / h, D): the queries of a key's head together
-    query = query.reshape(n, key.shape[1], -1, dim) * (scale or dim**-0.5)
-    # (h, n * H / h, P) and (n, h, H / h, W)
-    far = query.transpose(0, 1).flatten(1, 2) @ shared_key.mT
-    near = (query @ key.mT).add_(mask)
+    # Every kernel counts where a launch takes longer than its arithmetic: scale and mask go with
+    # the products. (n, h, H / h, D): the queries of a key's head together.
+    query = query.reshape(n, kv_heads, -1, dim)
+    # (h, n * H / h, P) and (n * h, H / h, W)
+    far = product(query.transpose(0, 1).flatten(1, 2), shared_key.mT, scale)
+    near = torch.baddbmm(mask, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scale)
+    near = near.unflatten(0, (n, kv_heads))
     scores = torch.cat([far.unflatten(1, (n, -1)).transpose(0, 1), near], -1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    far, near = weights.split([far.shape[-1], near.shape[-1]], -1)
+    # Summed in fp32 inside the kernel.
+    far, near = scores.softmax(-1).split([far.shape[-1], near.shape[-1]], -1)
     far = (far.transpose(0, 1).flatten(1, 2) @ shared_value).unflatten(1, (n, -1)).transpose(0, 1)
     return (far + near @ value).reshape(n, 1, heads, dim)
+
+
+def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b of (n, L, D) and (n, D, M), in one kernel"""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def masked(module, query, key, value, mask, scale, bend: dict) -> Tensor:
@@ -263,6 +279,20 @@ def masked(module, query, key, value, mask, scale, bend: dict) -> Tensor:
         scores = torch.cat([scores, sinks.to(scores.dtype)], -1)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
     return (weights @ value[:, :, None]).reshape(n, heads, length, dim).transpose(1, 2)
+
+
+def fuse_norms(model) -> None:
+    """RMSNorm in one kernel instead of eight, in each layer that F.rms_norm equals."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not type(module).__name__.endswith("RMSNorm") or eps is None or weight.dim() != 1:
+            continue
+        fused = partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+        x = torch.linspace(-3, 3, 4 * len(weight)).view(4, -1).to(weight)
+        one, other = fused(x).float(), module(x).float()
+        if (one - other).abs().max() <= torch.finfo(x.dtype).eps * 4 * other.abs().max():
+            module.forward = fused
 
 
 # What the model's layers asked for, for PackedEngine's check of itself.
@@ -349,7 +379,7 @@ class Head:
 
     def __init__(self, module, cap: float | None):
         self.module, self.cap, self.scale = module, cap, 1.0
-        self.chunk = max(1, HEAD_CHUNK // len(module.weight))
+        self.chunk = max(1, HEAD_CHUNK[module.weight.device.type] // len(module.weight))
 
     def fit(self, raw: Tensor, exact: Tensor) -> None:
         """The scale, from products W hidden and the model's own logits."""
@@ -440,6 +470,11 @@ def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 # ------------------------------------------------------------------------------ sampling
 
 
+def aligned(columns: int) -> int:
+    """Up to a multiple of 8: sdpa's kernels copy a mask whose rows begin elsewhere."""
+    return -(-columns // 8) * 8
+
+
 class Sampler:
     """The batch being decoded. Finished samples make room for waiting ones, then it shrinks.
 
@@ -501,7 +536,7 @@ class Sampler:
         return True
 
     def _make_room(self, like: RowCache) -> None:
-        room, device = self.longest - self.first, self.engine.device
+        room, device = aligned(self.longest - self.first), self.engine.device
         per_token = sum(k[0, :, 0].nbytes + v[0, :, 0].nbytes for k, v in like.kv)
         most = int(self.engine.kv_bytes() / (per_token * room))
         slots = max(1, min(most, self.engine.slots, len(self.limit)))
@@ -513,7 +548,7 @@ class Sampler:
     def next_logits(self) -> Tensor:
         """(active, V) of every active sample's next token; its last one enters the cache."""
         n, cache = len(self.active), self.cache
-        cache.width = max(self.held) + 1
+        cache.width = aligned(max(self.held) + 1)
         length = cache.length[:n]
         sight = SlotSight(length, cache.width, self.engine.dtype, self.shared)
         out = self.engine.decoder(
@@ -581,6 +616,8 @@ class PackedEngine:
         # The smallest window of any layer, 0 where what all share cannot be attended to in one
         # place; and how many of the last layers are recomputed.
         self.window, self.recomputed, self.recompute_all = float("inf"), 0, False
+        with torch.no_grad():
+            fuse_norms(model)
         for place, layer in enumerate(reversed(layers), 1):
             layer.forward = self._recomputing(layer.forward, place)
 
@@ -677,7 +714,7 @@ class PackedEngine:
 
     def kv_bytes(self) -> float:
         """What the keys and values of the samples being decoded may take."""
-        return 0.5 * self.free_bytes() if self.cuda else CPU_KV_MIB * 2**20
+        return GPU_SHARE * self.free_bytes() if self.cuda else CPU_KV_MIB * 2**20
 
     def _recomputing(self, forward, place: int):
         """A layer's forward that keeps no activations if its place from the end says so."""
@@ -700,7 +737,7 @@ class PackedEngine:
             return layers
         limit = (self.activation_mib or CPU_ACTIVATION_MIB) * 2**20
         if self.cuda and not self.activation_mib:
-            limit = 0.5 * self.free_bytes()
+            limit = GPU_SHARE * self.free_bytes()
         # Kept per token and layer, in vectors of the hidden and of the inner size: counted on a
         # Llama by saved-tensor hooks.
         inner = getattr(self.config, "intermediate_size", 4 * self.config.hidden_size)

@@ -69,7 +69,13 @@ def _by_turn(axis, ends: list[dict]) -> None:
     r = [row["base_r_on_questions"] for row in known]
     label = "base model's r on q_T"
     axis.plot([row["turn"] for row in known], r, "s--", color="tab:red", label=label)
-    axis.set(title="accuracy and difficulty", xlabel="turn", ylim=(0, 1), xticks=x)
+    about = [rate.get("about") for rate in rates]
+    if None not in about:
+        axis.plot(x, about, "^:", color="tab:green", label="answers about their question")
+        other = axis.twinx()
+        other.plot(x, [rate["fluency"] for rate in rates], "v:", color="grey")
+        other.set_ylabel("base model's log p of the answers, a token (grey)")
+    axis.set(title="accuracy, difficulty, sense", xlabel="turn", ylim=(0, 1), xticks=x)
     axis.legend()
 
 

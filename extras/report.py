@@ -177,13 +177,25 @@ def turn_end(run, done: dict) -> dict:
     """The difficulty of q_T, and the accuracy on held-out rows."""
     place, base_file = run.folder / f"turn{run.unit['turn']}", run.folder / "base.json"
     if not base_file.exists():
-        base, records = evaluation.evaluate(run.policy, None, run.heldout, run.cfg)
-        evaluation.write_rows(run.folder / "heldout_base.jsonl", records)
+        least = evaluation.on_topic_from(run.policy, run.heldout, run.cfg)
+        base = measure(run, None, run.folder / "heldout_base.jsonl", least) | {"least": least}
         messages.replace_file(base_file, messages.json_lines([base]).encode())
-    follower, records = evaluation.evaluate(run.policy, "follower", run.heldout, run.cfg)
-    evaluation.write_rows(place / "heldout.jsonl", records)
-    row = {"heldout_base": json.loads(base_file.read_text()), "heldout_follower": follower}
+    base = json.loads(base_file.read_text())
+    follower = measure(run, "follower", place / "heldout.jsonl", base["least"])
+    row = {"heldout_base": base, "heldout_follower": follower}
     return row | {"base_r_on_questions": mean_r(done["answers"])}
+
+
+def measure(run, role: str | None, path: Path, least: float | None) -> dict:
+    """A policy's figures on the held-out rows, its answers in `path`, and on the trip wires."""
+    result, records = evaluation.evaluate(run.policy, role, run.heldout, run.cfg, least)
+    evaluation.write_rows(path, records)
+    if least is None:
+        return result
+    # Constraints that are easily had by whoever ignores the question.
+    traps = evaluation.read_rows(messages.PROMPTS / "tripwires.jsonl")
+    _, records = evaluation.evaluate(run.policy, role, traps, run.cfg, least)
+    return result | {"tripped": evaluation.tripped(records, least)}
 
 
 def mean_r(samples: list) -> float | None:
@@ -233,11 +245,24 @@ def bar_text(row: dict) -> str:
     return f"held-out {row['heldout_follower']['instruction_strict']:.1%}"
 
 
+def sense_of(figures: dict) -> str:
+    """log p a token, the share about their question, the share of trip wires stepped on."""
+    told = []
+    for key, form in (("fluency", ".2f"), ("about", ".0%"), ("tripped", ".0%")):
+        value = figures.get(key)
+        told.append("-" if value is None else format(value, form))
+    return "{:>5} {:>5} {:>5}".format(*told)
+
+
 def turn_table(rows: list[dict]) -> str:
-    """One line a turn, from the lines of log.jsonl."""
+    """One line a turn, and one for the base model, from the lines of log.jsonl."""
     head = "turn  instr. reward  valid  accepted  q_T  base r  AUC  follower reward    kl"
-    lines = [head + "  held-out base -> follower  minutes"]
-    for last in (row for row in rows if row["stage"] == "evaluation"):
+    lines = [head + "  held-out  log p about  trap  minutes"]
+    ends = [row for row in rows if row["stage"] == "evaluation"]
+    for last in ends[:1]:
+        base = last["heldout_base"]
+        lines.append(f"{'base':>79}  {base['instruction_strict']:>8.1%}  {sense_of(base)}")
+    for last in ends:
         mine = [row for row in rows if row["turn"] == last["turn"]]
         made = next(row for row in mine if row["stage"] == "questions")
         teach, learn = ([r for r in mine if r["stage"] == s] for s in ("instructor", "follower"))
@@ -246,12 +271,13 @@ def turn_table(rows: list[dict]) -> str:
         tried = [r["judger"]["auc"] for r in mine if "judger" in r]
         auc = f"{tried[0]:.2f}" if tried and tried[0] is not None else "-"
         base_r, kl = last["base_r_on_questions"], [0.0, *(r["kl"] for r in learn if "kl" in r)][-1]
-        before, after = (last[f"heldout_{k}"]["instruction_strict"] for k in ("base", "follower"))
+        after = last["heldout_follower"]
         r = "-" if base_r is None else f"{base_r:.2f}"
         minutes = sum(r["wall"] for r in mine) / 60
         line = f"{last['turn']:4}  {span(teach) or '-':>13}  {valid:>5}  {made['acceptance']:>8.0%}"
         line += f"  {made['questions']:>3}  {r:>6} {auc:>4}  {span(learn) or '-':>15}  {kl:.3f}"
-        lines.append(f"{line}  {before:>13.1%} -> {after:<10.1%}  {minutes:>6.1f}")
+        line += f"  {after['instruction_strict']:>8.1%}  {sense_of(after)}"
+        lines.append(f"{line}  {minutes:>7.1f}")
     return "\n".join(lines)
 
 

@@ -397,8 +397,15 @@ def test_heldout_rows_are_sound_and_apart_from_the_seeds():
     seeds = set(messages.read_seeds(messages.PROMPTS / "seeds.jsonl"))
     assert len(rows) >= 100 and len(seeds) >= 300
     examples = {q.seed for kind in messages.KINDS for q in messages.instructor_examples(kind)}
-    for row in rows:
-        assert row["prompt"].split("\n")[0] not in seeds | examples
+    traps = evaluation.read_rows(messages.PROMPTS / "tripwires.jsonl")
+    assert len(traps) == 20 and not {r["seed"] for r in traps} & {r["seed"] for r in rows}
+    for row in traps:
+        asked = row["prompt"].removeprefix(row["seed"] + "\n").split("\n")
+        known = list(zip(row["instruction_id_list"], row["kwargs"]))
+        assert [judge.recognise(line) for line in asked] == known
+    for row in rows + traps:
+        assert row["prompt"].startswith(row["seed"] + "\n")
+        assert row["seed"] not in seeds | examples
         asked = list(zip(row["instruction_id_list"], row["kwargs"]))
         assert constraints.contradiction(asked) == "", row
         assert all(judge.check(name, kwargs, "x") in (True, False, None) for name, kwargs in asked)
@@ -557,7 +564,7 @@ def test_twenty_thousand_characters_take_no_time(text):
     ):
         start = time.process_time()
         work()
-        assert time.process_time() - start < 0.15
+        assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("right, wrong", [(1, 1), (100, 9), (9, 100)])

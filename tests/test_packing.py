@@ -33,7 +33,7 @@ def make_pairs(n: int = 9) -> list[tuple[list[int], list[int]]]:
 
 def load(folder: str, engine: str, bits: int = 16, **limits) -> rl.Policy:
     """fp32 on the CPU, where engines agree to many digits; its adapter is no longer zero."""
-    policy = rl.load(folder, bits=bits, engine=engine, device="cpu", **limits)
+    policy = rl.load(folder, bits=bits, engine=engine, device="cpu", dtype="fp32", **limits)
     policy.add("follower")
     randomise(policy, "follower")
     return policy

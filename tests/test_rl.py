@@ -39,7 +39,7 @@ def ids_on(policy: rl.Policy, ids) -> torch.Tensor:
 
 def load_cpu(folder: str, engine: str = "packed", bits: int = 16, **how) -> rl.Policy:
     """fp32 on the CPU, with both trained roles; comparisons to many digits need it."""
-    policy = rl.load(folder, bits=bits, engine=engine, device="cpu", **how)
+    policy = rl.load(folder, bits=bits, engine=engine, device="cpu", dtype="fp32", **how)
     for seed, role in enumerate(("instructor", "follower")):
         policy.add(role, seed=seed)
     return policy

@@ -159,8 +159,24 @@ def test_time_left_is_what_each_stage_took_times_what_is_left_of_it():
 
 def test_the_table_has_a_line_for_every_turn(finished):
     head, *lines = report.turn_table(rows_of(finished / "log.jsonl")).splitlines()
-    assert "held-out base -> follower" in head
-    assert [line.split()[0] for line in lines] == ["1", "2"]
+    assert head.split()[-5:] == ["held-out", "log", "p", "about", "trap", "minutes"][-5:]
+    assert [line.split()[0] for line in lines] == ["base", "1", "2"]
+    # Under their headings, the base model's too.
+    for line in lines:
+        figures = line[head.index("held-out") :].split()
+        assert re.fullmatch(r"[\d.]+% -\d+\.\d\d \d+% \d+%", " ".join(figures[:4])), line
+
+
+def test_sense_is_measured_on_every_row_that_names_its_seed(finished):
+    base = json.loads((finished / "base.json").read_text())
+    assert base["fluency"] < 0 and 0 <= base["about"] <= 1 and 0 <= base["tripped"] <= 1
+    for path in (finished / "heldout_base.jsonl", finished / "turn2" / "heldout.jsonl"):
+        for record in rows_of(path):
+            assert (record["fluency"] is None) == (not record["response"].strip())
+    rows = rows_of(finished / "log.jsonl")
+    end = rows[-1]["heldout_follower"]
+    mine = rows_of(finished / "turn2" / "heldout.jsonl")
+    assert evaluation.sense(mine, base["least"]) == {k: end[k] for k in ("fluency", "about")}
 
 
 def test_eval_prints_accuracies_and_writes_the_answers(finished, tmp_path, capsys):
@@ -216,7 +232,7 @@ def test_plot_draws_a_picture(finished, tmp_path, capsys):
 def test_other_tools_read_the_files(finished):
     pytest.importorskip("peft")
     folder = finished / "turn1" / "follower"
-    policy = rl.load(str(finished.parent / "model"), bits=16, device="cpu")
+    policy = rl.load(str(finished.parent / "model"), bits=16, device="cpu", dtype="fp32")
     policy.load_adapter("follower", folder)
     auto = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(finished.parent / "model", dtype=torch.float32)
@@ -296,7 +312,7 @@ def test_no_accepted_question_skips_the_follower(setup, tmp_path, monkeypatch):
     assert rows[0]["reward"] == 0 and rows[0]["tied"] == 1 and rows[0]["valid"] == 0
     assert rows[2]["acceptance"] == 0 and rows[2]["rejected"] == {"no json": 12}
     assert rows[3]["base_r_on_questions"] is None
-    assert report.turn_table(rows).count("\n") == 1
+    assert report.turn_table(rows).count("\n") == 2
 
 
 def test_the_model_as_filter_and_judger_of_soft_questions(setup, tmp_path, role, monkeypatch):
@@ -549,8 +565,8 @@ def test_a_run_folder_of_other_settings_is_refused_and_kept(setup, finished, tmp
     argv = [*same_inputs, "--out", run, "--lr", "0.02"]
     assert "made with --lr 0.01, not 0.02;" in error(capsys, argv)
     assert before == {p: p.read_bytes() for p in before}
-    # What changes no number is no other setting.
-    assert seif.main([*same_inputs, "--out", str(run), "--token-budget", "1000"]) == 0
+    # The folder's own place is no other setting.
+    assert seif.main([*same_inputs, "--out", str(run)]) == 0
 
 
 @pytest.mark.parametrize("command", ["eval", "chat", "plot"])
@@ -576,6 +592,35 @@ def test_two_runs_in_one_folder(setup, tmp_path, capsys):
 
 def records(*rows: list) -> list[dict]:
     return [{"strict": row} for row in rows]
+
+
+def test_sense_by_hand(monkeypatch):
+    """Log-probabilities from a table: 1 a shared word more, and 2 a word of the answer less."""
+    words = lambda text: set(text.lower().strip(".?").split())
+
+    def fake(_, prompts, texts):
+        return [len(words(p) & words(t)) - 2.0 * len(words(t)) for p, t in zip(prompts, texts)]
+
+    monkeypatch.setattr(evaluation, "mean_logprobs", fake)
+    rows = [
+        dict(seed="Why is glass clear?", prompt="Why is glass clear?\nUse no commas."),
+        dict(seed="How do bees fly?", prompt="How do bees fly?\nSay less."),
+        dict(prompt="No seed here."),
+        dict(seed="Why sing?", prompt="Why sing?\nEnd well."),
+    ]
+    records = [dict(response=t, strict=[True]) for t in ("glass is", "use less commas", "x", " ")]
+    evaluation.add_sense(None, rows, records)
+    # The second copies a word of its constraint: that is fluency, and no sense.
+    assert [r["fluency"] for r in records] == [-2.0, -5.0, None, None]
+    assert [r["about"] for r in records] == [2.0, 0.0, None, None]
+    assert [evaluation.on_topic(r, 1.0) for r in records] == [True, False, None, False]
+    assert evaluation.sense(records, 1.0) == {"fluency": -3.5, "about": 1 / 3}
+    assert evaluation.tripped(records, 1.0) == 0.5
+    records[1]["strict"] = [False]
+    assert evaluation.tripped(records, 1.0) == 0.25
+    other = [r | {"fluency": f} for r, f in zip(records, (-3.0, -7.0, None, -1.0))]
+    change = evaluation.compare_fluency(records, other)
+    assert change["difference"] == -1.5 and change["low"] == -2.0 and change["high"] == -1.0
 
 
 def test_interval_and_comparison_by_hand():

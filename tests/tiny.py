@@ -36,12 +36,14 @@ BANK = [
 HELDOUT = [
     {
         "key": 1,
+        "seed": "Say hi.",
         "prompt": "Say hi.\nUse no commas.",
         "instruction_id_list": ["punctuation:no_comma"],
         "kwargs": [{}],
     },
     {
         "key": 2,
+        "seed": "Say ho.",
         "prompt": "Say ho.\nAnswer with at least 2 words in JSON.",
         "instruction_id_list": ["length_constraints:number_words", "detectable_format:json_format"],
         "kwargs": [{"num_words": 2, "relation": "at least"}, {}],
