@@ -1,7 +1,8 @@
 """judge.py: what an instruction asks for, and whether an answer gives it. Text only, no torch.
 
-In this order: the Instructor's JSON, the Filter, the Judger, the two rewards. The constraints that
-code can check are a table, prompts/constraints.py; what the roles are told is prompts/messages.py.
+In this order: the Filter, the Judger, whether it is to be believed, the two rewards. What code can
+check is a table, prompts/constraints.py; what the roles are told, and how the Instructor's JSON is
+read, is prompts/messages.py.
 
 Where code can decide a constraint, code decides it. The rest goes to `ask`, a function from chat
 messages to P(yes): normally the frozen Follower, but an API model or a dictionary will do. A
@@ -10,7 +11,6 @@ verdict is 1.0, 0.0 or None: None is missing, and never counts as a "no".
 Sources: SEIF (arXiv 2605.07465); the verifiable instructions are IFEval's (arXiv 2311.07911).
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -27,10 +27,10 @@ from prompts.constraints import (
     problem,
     recognise,
 )
-from prompts.messages import Question, filter_prompt, judger_prompt, whole_text
+from prompts.messages import Question, filter_prompt, judger_prompt, parse_constraints
 
-# For those who ask judge what code can check.
-__all__ = ["RULES", "check", "check_loose", "problem", "recognise"]
+# For those who ask judge what code can check, or what a proposal says.
+__all__ = ["RULES", "check", "check_loose", "parse_constraints", "problem", "recognise"]
 
 FILTERS, JUDGES = ("llm", "code", "rules", "off"), ("hybrid", "llm")
 REWARDS = ("hardest", "frontier")
@@ -40,8 +40,6 @@ WORDS_PER_TOKEN = 0.75
 TRUSTED_AUC = 0.6
 # Fewer right ones, or fewer wrong ones, tell nothing.
 FEWEST_CASES = 10
-# A proposal is looked for in so many characters of a text.
-MAX_PROPOSAL_CHARS = 20_000
 
 Ask = Callable[[list[list[dict]]], list[float]]
 
@@ -53,52 +51,6 @@ class Verdict:
 
     value: float | None
     by: str
-
-
-# ------------------------------------------------------------ the Instructor's JSON
-def parse_constraints(text: str, count: int) -> tuple[list[str], str]:
-    """A proposal, bare, fenced or amid chatter -> (constraints, "") or ([], reason).
-
-    'Sure! {"c1": "Use no commas.", "c2": "Be kind."}', 2 -> (["Use no commas.", "Be kind."], "")
-    Reasons: "no json", "wrong keys" (they must be c1 to c<count>), "not text".
-    """
-    text, decoder = text[:MAX_PROPOSAL_CHARS], json.JSONDecoder(object_pairs_hook=_unique)
-    for brace in list(re.finditer("{", text))[:20]:
-        try:
-            proposal, _ = decoder.raw_decode(text, brace.start())
-        except (ValueError, RecursionError):
-            continue
-        if list(proposal) != [f"c{i}" for i in range(1, count + 1)]:
-            return [], "wrong keys"
-        values = list(proposal.values())
-        if not all(isinstance(c, str) and c.strip() and c == whole_text(c) for c in values):
-            return [], "not text"
-        return [" ".join(c.split()) for c in values], ""
-    values = _unescaped(text, count)
-    return (values, "") if values else ([], "no json")
-
-
-def _unique(pairs: list) -> dict:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key appears twice")
-    return dict(pairs)
-
-
-def _unescaped(text: str, count: int) -> list[str]:
-    """Small models write "quotes" inside a value unescaped; the keys tell what they mean."""
-    openings = [r'\{\s*"c1"\s*:\s*"']
-    openings += [rf'"\s*,\s*"c{i}"\s*:\s*"' for i in range(2, count + 1)] + [r'"\s*\}']
-    at, values = 0, []
-    for opening in openings:
-        mark = re.compile(opening).search(text, at)
-        if not mark:
-            return []
-        values.append(" ".join(text[at : mark.start()].split()))
-        at = mark.end()
-    # What stands before the first key is no value, and no value holds another key or value.
-    values = values[1:]
-    clean = all(v and not re.search(r'"\s*[:,]\s*"|[{}]', v) for v in values)
-    return values if clean else []
 
 
 # ------------------------------------------------------------ the Filter

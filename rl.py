@@ -13,6 +13,7 @@ faster. Left out: value network, reward model, padding, merged weights, distribu
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ MIN_VERDICT_MASS = 1e-3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Stands in a completion for a token that could not be chosen.
 NOT_A_TOKEN = -1
+# What peft takes for a mixture's own, by its list of conversions.
+EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 # What reading a model's or an adapter's files may raise.
 FAULTS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
@@ -131,7 +134,7 @@ class PlainEngine:
             ids = torch.tensor([prompt + completion], device=self.model.device)
             how = dict(logits_to_keep=len(completion) + 1, use_cache=False)
             # The logits at j are those of token j + 1: (T, V), without the last one's.
-            logits = self.model(ids, **how).logits[0, :-1]
+            logits = self.model(ids, **how).logits[0, -len(completion) - 1 : -1]
             logp = (logits.float() / temperature).log_softmax(-1)
             yield [i], [logp.gather(1, ids[0, len(prompt) :, None])[:, 0]]
 
@@ -150,12 +153,18 @@ class PlainEngine:
         return False
 
 
+def anywhere(name: str) -> str:
+    """A module's name in whatever layer: "3.mlp.experts" -> "*.mlp.experts"."""
+    return re.sub(r"\d+", "*", name)
+
+
 def decoder_layers(model) -> nn.ModuleList:
     """The list of the decoder's layers, whatever the architecture calls it."""
-    lists = [m for m in model.get_decoder().children() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of layers; this one is not supported")
-    return max(lists, key=len)
+    for decoder in (model.get_decoder(), getattr(model, "model", nn.Module())):
+        lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
+        if lists:
+            return max(lists, key=len)
+    raise ModelError(f"{type(model).__name__} has no list of layers; this one is not supported")
 
 
 def cut_at_eos(ids: list[int], eos: set[int]) -> list[int]:
@@ -214,16 +223,18 @@ class Policy:
     def _wrap(self) -> None:
         """LoRA on every linear layer of the decoder's layers, but in mixtures of experts.
 
-        subtle: peft would take an adapter of up_proj for the experts' 3-D weights of that name.
+        subtle: where a model has any, peft takes an adapter of up_proj, wherever it is, for the
+        experts' 3-D weights of that name. A mixture's place is left out in every layer.
         """
         layers = decoder_layers(self.model)
         start = next(n for n, m in self.model.named_modules() if m is layers)
         modules = list(layers.named_modules())
         mixtures = set()
         for name, module in modules:
-            stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+            own = module.parameters(recurse=False)
+            stacked = [p for p in own if p.dim() == 3 and min(p.shape) > 1]
             if stacked and not isinstance(module, nn.Conv1d):
-                mixtures.add(name.rpartition(".")[0] + ".")
+                mixtures.add(anywhere(name.rpartition(".")[0]) + ".")
                 self.left_out[f"{start}.{name}"] = sum(p.numel() for p in stacked)
         for name, module in modules:
             if not isinstance(module, nn.Linear):
@@ -232,14 +243,34 @@ class Policy:
             # without gradients: sampling and training would then disagree.
             module.support_avx512bf16_for_cpu = False
             sizes = module.in_features, module.out_features
-            if name.startswith(tuple(mixtures)) or min(sizes) < self.rank:
+            parent, _, leaf = name.rpartition(".")
+            expert = mixtures and (
+                leaf in EXPERT_LEAVES or anywhere(name).startswith(tuple(mixtures))
+            )
+            if expert or min(sizes) < self.rank:
                 self.left_out[f"{start}.{name}"] = math.prod(sizes)
                 continue
-            parent, _, leaf = name.rpartition(".")
             layer = self.lora[f"{start}.{name}"] = LoRALinear(module, self.use)
             setattr(layers.get_submodule(parent), leaf, layer)
         if not self.lora:
-            raise ModelError(f"--model {self.name}: no linear layer of at least --rank {self.rank}")
+            kind = f"no layer of class Linear and at least --rank {self.rank} to adapt"
+            raise ModelError(f"--model {self.name}: {kind} (GPT-2's are another class)")
+
+    def try_out(self) -> None:
+        """A few tokens sampled and scored: a model that cannot is refused now, in one line."""
+        prompt = self.chat.encode([self.chat.USER])[:4]
+        try:
+            with torch.no_grad():
+                ((tokens,),) = self.engine.sample([prompt], torch.full((1, 1, 2), 0.5), 0.0)
+                list(self.engine.logprobs([(prompt, tokens)]))
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise ModelError(f"--model {self.name}: does not compute here ({reason})") from error
+        adapted = sum(m.base.in_features * m.base.out_features for m in self.lora.values())
+        share = 1 - adapted / (adapted + sum(self.left_out.values()))
+        if share > 0.005:
+            first = next(iter(self.left_out))
+            print(f"  no LoRA on {share:.0%} of the layers' weights: {first} and others")
 
     @contextmanager
     def using(self, role: str | None):
@@ -388,38 +419,53 @@ def load(
         raise ModelError(f"--model {model}: a LoRA adapter; {mend}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[fast_dtype(device.type == "cuda") if dtype == "auto" else dtype]
-    how = dict(dtype=dtype, device_map={"": device}, use_safetensors=True)  # never a pickle
+    # Never a pickle, nor a model's own code.
+    how = dict(dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False)
     if bits == 4:
         nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         nf4 |= dict(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
         how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        kind = type(transformers.AutoConfig.from_pretrained(model, trust_remote_code=False))
         auto = transformers.AutoModelForCausalLM
+        if kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            # Published with eyes, of which only the decoder is used here.
+            auto = transformers.AutoModelForImageTextToText
         base, about = auto.from_pretrained(model, output_loading_info=True, **how)
     except (*FAULTS, ImportError, AttributeError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         text = f"--model {model}: cannot be loaded as a causal language model ({reason})"
         raise ModelError(text) from error
     if not tokenizer.chat_template:
         raise ModelError(f"--model {model}: no chat template; take an instruction-tuned model")
-    if about["missing_keys"]:
-        name = sorted(about["missing_keys"])[0]
-        raise ModelError(f"--model {model}: its files lack {name}, which would stay random")
+    check_weights(base, about, model)
     if cpu and device.type == "cpu":
         cpu.unpack(base)
     policy = Policy(base, tokenizer, model, rank, alpha)
-    if policy.left_out:
-        adapted = sum(m.base.in_features * m.base.out_features for m in policy.lora.values())
-        share = 1 - adapted / (adapted + sum(policy.left_out.values()))
-        first = next(iter(policy.left_out))
-        print(f"  no LoRA on {share:.0%} of the layers' weights: {first} and others")
+    policy.try_out()
     if engine == "packed" and not packing:
         print("  plain engine, slower: extras/packing.py is not here")
     elif engine == "packed":
         layers, eos = decoder_layers(base), policy.chat.eos
         policy.engine = packing.PackedEngine.of(base, layers, eos, **limits) or policy.engine
     return policy
+
+
+def check_weights(base, about: dict, model: str) -> None:
+    """ModelError where the files of a model, `about` their loading, are not its weights."""
+    modules = dict(base.named_modules())
+    for name in sorted(about["missing_keys"]):
+        raise ModelError(f"--model {model}: its files lack {name}, which would stay random")
+    for name in sorted(about["unexpected_keys"]):
+        if isinstance(modules.get(name.rpartition(".")[0]), nn.Linear):
+            kind = "a quantisation that transformers does not know"
+            raise ModelError(f"--model {model}: {name} beside the layer's weight: {kind}")
+    for name, module in modules.items():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            sizes = f"{tuple(state.shape)}, not as config.json says"
+            raise ModelError(f"--model {model}: {name} has the shape {sizes}")
 
 
 def extra(name: str):

@@ -206,8 +206,7 @@ def train(cfg: Config) -> None:
                 run.log(follower_step(run, turn, step))
             for _ in run.left(turn, "evaluation", 1):
                 run.log(evaluate_turn(run, turn))
-    last = f"{cfg.out}/turn{cfg.turns}/follower"
-    print(f"done: {last} is the trained adapter; try: python seif.py chat {cfg.out}")
+    print(f"done: {cfg.out}/turn{cfg.turns}/follower; try: python seif.py chat {cfg.out}")
 
 
 def freeze_roles(run: "Run", turn: int) -> None:
@@ -467,6 +466,10 @@ class Run:
         prompts = [encode(messages.follower_prompt(seed, cfg.think)) for seed in seeds]
         config = self.policy.model.config.get_text_config(decoder=True)
         context = getattr(config, "max_position_embeddings", math.inf)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            # Beyond it a token's place depends on how long its row will be.
+            context = rope.get("original_max_position_embeddings", context)
         for role, most in messages.longest(cfg, encode, asks_a_model(cfg)).items():
             if most > context:
                 mend = "lower --max-prompt-tokens, --max-new-tokens or --shots"

@@ -19,8 +19,9 @@ def write_config(policy, role: str, folder: Path) -> None:
     alpha = next(iter(alphas.values()))
     leaf = lambda name: name.rsplit(".", 1)[-1]
     leaves = {leaf(name) for name in policy.lora}
-    # A leaf's name stands for all layers of that name: only where none of them is left out.
-    alone = not leaves & {leaf(name) for name in policy.left_out}
+    # A leaf's name stands for all modules of that name: only where each of them is adapted.
+    others = {n for n, _ in policy.model.named_modules()} - policy.lora.keys()
+    alone = not leaves & {leaf(name) for name in others}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -286,7 +286,7 @@ def fuse_norms(model) -> None:
     for module in model.modules():
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not type(module).__name__.endswith("RMSNorm") or eps is None or weight.dim() != 1:
+        if not type(module).__name__.endswith("RMSNorm") or None in (eps, weight):
             continue
         fused = partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
         x = torch.linspace(-3, 3, 4 * len(weight)).view(4, -1).to(weight)
@@ -303,19 +303,19 @@ BENDS: set[str] = set()
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Takes the place of the model's attention; a mask of ours says who sees whom."""
     sight = getattr(attention_mask, "sight", None)
-    if sight is None:
-        how = dict(scaling=scaling, **kwargs)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     window = kwargs.get("sliding_window")
     bend = {k: kwargs[k] for k in ("softcap", "s_aux") if kwargs.get(k) is not None}
+    if sight is None:
+        # The model called by somebody else.
+        return masked(module, query, key, value, attention_mask, scaling, bend), None
     WINDOWS.add(window)
     BENDS.update(bend)
     return sight.attend(module, query, key, value, scaling, window, bend), None
 
 
-# Under a name of our own, with sdpa's masks for whatever is not packed.
+# Under a name of our own, with eager's additive masks for whatever is not packed.
 AttentionInterface.register("packed", attention)
-AttentionMaskInterface.register("packed", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionMaskInterface.register("packed", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
 
 
 class RowCache(Cache):
@@ -741,6 +741,7 @@ class PackedEngine:
         # Kept per token and layer, in vectors of the hidden and of the inner size: counted on a
         # Llama by saved-tensor hooks.
         inner = getattr(self.config, "intermediate_size", 4 * self.config.hidden_size)
+        inner = max(inner) if isinstance(inner, list) else inner
         kept = tokens * (9 * self.config.hidden_size + 4 * inner) * self.dtype.itemsize
         return layers - min(layers, int(limit / kept))
 
@@ -750,6 +751,7 @@ class PackedEngine:
     def of(cls, model, layers, eos: set[int], **limits) -> "PackedEngine | None":
         """The engine, if it gives this model's own logits; None if not, which it says aloud."""
         before = model.config._attn_implementation
+        given = {m: m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__}
         try:
             engine = cls(model, layers, eos, **limits)
             reason = engine.fault()
@@ -759,6 +761,10 @@ class PackedEngine:
             return engine
         print(f"  plain engine, slower: packing is not exact for this model ({reason})")
         model.set_attn_implementation(before)
+        # The model as it was.
+        for module in model.modules():
+            module.__dict__.pop("forward", None)
+            module.__dict__.update({"forward": given[module]} if module in given else {})
         return None
 
     @torch.no_grad()

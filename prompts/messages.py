@@ -1,4 +1,5 @@
-"""messages.py: questions and files that are read, and what the four roles are told.
+"""messages.py: questions and files that are read, what the four roles are told, and the JSON that
+the Instructor says.
 
 A role's prompt is a list of chat messages; a last one of the assistant's is the beginning of its
 answer. The wording is in the .txt files beside this one.
@@ -9,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +21,8 @@ from prompts.constraints import MAX_CONSTRAINT_CHARS
 PROMPTS = Path(__file__).parent
 # Constraints asked for, as in SEIF: machine-checkable ones, open ones.
 KINDS = {"hard": 3, "soft": 5}
+# A proposal is looked for in so many characters of a text.
+MAX_PROPOSAL_CHARS = 20_000
 
 
 class InputError(ValueError):
@@ -230,3 +234,49 @@ def longest(cfg, encode: Callable, asked: bool) -> dict[str, int]:
         blank = judger_prompt(Question("", "hard", ()), "", constraint)
         most["Judger"] = follower + len(encode(blank))
     return most
+
+
+# ------------------------------------------------------------ what the Instructor says
+def parse_constraints(text: str, count: int) -> tuple[list[str], str]:
+    """A proposal, bare, fenced or amid chatter -> (constraints, "") or ([], reason).
+
+    'Sure! {"c1": "Use no commas.", "c2": "Be kind."}', 2 -> (["Use no commas.", "Be kind."], "")
+    Reasons: "no json", "wrong keys" (they must be c1 to c<count>), "not text".
+    """
+    text, decoder = text[:MAX_PROPOSAL_CHARS], json.JSONDecoder(object_pairs_hook=_unique)
+    for brace in list(re.finditer("{", text))[:20]:
+        try:
+            proposal, _ = decoder.raw_decode(text, brace.start())
+        except (ValueError, RecursionError):
+            continue
+        if list(proposal) != [f"c{i}" for i in range(1, count + 1)]:
+            return [], "wrong keys"
+        values = list(proposal.values())
+        if not all(isinstance(c, str) and c.strip() and c == whole_text(c) for c in values):
+            return [], "not text"
+        return [" ".join(c.split()) for c in values], ""
+    values = _unescaped(text, count)
+    return (values, "") if values else ([], "no json")
+
+
+def _unique(pairs: list) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)
+
+
+def _unescaped(text: str, count: int) -> list[str]:
+    """Small models write "quotes" inside a value unescaped; the keys tell what they mean."""
+    openings = [r'\{\s*"c1"\s*:\s*"']
+    openings += [rf'"\s*,\s*"c{i}"\s*:\s*"' for i in range(2, count + 1)] + [r'"\s*\}']
+    at, values = 0, []
+    for opening in openings:
+        mark = re.compile(opening).search(text, at)
+        if not mark:
+            return []
+        values.append(" ".join(text[at : mark.start()].split()))
+        at = mark.end()
+    # What stands before the first key is no value, and no value holds another key or value.
+    values = values[1:]
+    clean = all(v and not re.search(r'"\s*[:,]\s*"|[{}]', v) for v in values)
+    return values if clean else []

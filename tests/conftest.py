@@ -52,6 +52,8 @@ KINDS = {
     "gpt-oss": ("GptOssConfig", LOCAL | {"num_local_experts": 4}),
 }
 OTHERS = {
+    "moe-after-mlp": ("Qwen3MoeConfig", EXPERTS | {"mlp_only_layers": [0]}),
+    "mamba": ("MambaConfig", {}),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
     "bloom": ("BloomConfig", {}),
 }

@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import CHATML, KINDS, SPECIAL, copy_role, make_model, make_tokenizer, randomise
+from conftest import CHATML, KINDS, SIZES, SPECIAL, copy_role, make_model, make_tokenizer, randomise
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, normalizers
 
 import rl
+from extras import packing
 from prompts.chat import Chat
 
 CFG = types.SimpleNamespace(temperature=1.0, updates=1, kl=0.05)
@@ -201,12 +202,15 @@ def test_a_step_changes_its_own_role_and_nothing_else(folders, bits, updates):
 # ------------------------------------------------------------ adapters on disk
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi3", "qwen3-moe", "small-rank"])
+PEFT = ["llama", "phi3", "qwen3-moe", "moe-after-mlp", "small-rank"]
+
+
+@pytest.mark.parametrize("kind", PEFT)
 def test_peft_loads_what_we_save_and_the_other_way_round(folders, tmp_path, kind):
     peft = pytest.importorskip("peft")
     folder = folders("llama" if kind == "small-rank" else kind)
     policy = load_cpu(folder, rank=48 if kind == "small-rank" else 8)  # 48: not keys and values
-    assert bool(policy.left_out) == (kind in ("qwen3-moe", "small-rank"))
+    assert bool(policy.left_out) == (kind in PEFT[2:])
     randomise(policy, "follower")
     policy.save("follower", tmp_path / "ours")
     ids = torch.arange(30)[None]
@@ -759,6 +763,104 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(folders, tmp_path, h
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def odd_weights(folder: Path, how: str) -> int:
+    """Make a folder's weights compute something else, in 16 bits or in 4: which."""
+    path, settings = folder / "model.safetensors", folder / "config.json"
+    if how == "other shapes in 4 bits":
+        changed = json.loads(settings.read_text()) | {"intermediate_size": 96}
+        settings.write_text(json.dumps(changed))
+        return 4
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    scale = tensors[name].abs().amax() / 400
+    tensors |= {name: (tensors[name] / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    save_file(tensors, path, {"format": "pt"})
+    return 16
+
+
+@pytest.mark.parametrize("how", ["scales of nobody's format", "other shapes in 4 bits"])
+def test_weights_that_are_not_the_models_are_refused(folders, tmp_path, how):
+    folder = shutil.copytree(folders("llama"), tmp_path / "m")
+    bits = odd_weights(folder, how)
+    with pytest.raises(rl.ModelError, match="beside the layer's weight|has the shape"):
+        rl.load(str(folder), bits=bits)
+
+
+def test_a_model_that_reads_its_layers_weights_itself_is_refused(tmp_path):
+    """Mamba's dt_proj, wrapped, would be bypassed: found by trying, not by a list of names."""
+    sizes = dict(hidden_size=64, state_size=16, time_step_rank=16)
+    with pytest.raises(rl.ModelError, match=r"does not compute here \(AttributeError"):
+        rl.load(make_model(tmp_path, "mamba", **sizes), bits=16)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt-oss"])
+def test_the_packed_model_called_by_others_computes_what_it_did(folders, kind):
+    """With sinks and soft caps, by whoever calls it: evaluation tools, `generate`, a forker."""
+    ids = torch.arange(30)[None]
+    packed, plain = (load_cpu(folders(kind), engine) for engine in ("packed", "plain"))
+    assert packed.model.config._attn_implementation == "packed"
+    plain.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        torch.testing.assert_close(packed.model(ids).logits, plain.model(ids).logits)
+        how = dict(max_new_tokens=8, do_sample=False)
+        assert (
+            packed.model.generate(ids, **how).tolist() == plain.model.generate(ids, **how).tolist()
+        )
+
+
+def test_scores_of_a_model_that_gives_all_its_logits_whatever_it_is_asked(folders):
+    policy = load_cpu(folders("llama"), "plain")
+    pairs = [([5, 6, 7, 8], [9, 10]), ([5, 6], [7, 8, 9])]
+    score = lambda: torch.cat([v for _, values in policy.engine.logprobs(pairs) for v in values])
+    with torch.no_grad():
+        exact, real = score(), policy.model.forward
+        policy.model.forward = lambda *args, logits_to_keep=0, **how: real(*args, **how)
+        torch.testing.assert_close(score(), exact)
+
+
+def test_after_a_fallback_the_model_is_as_it_was(folders, monkeypatch):
+    monkeypatch.setattr(packing.PackedEngine, "fault", lambda engine: "on purpose")
+    policy = load_cpu(folders("qwen3"))
+    assert type(policy.engine) is rl.PlainEngine
+    assert not [m for m in policy.model.modules() if "forward" in vars(m)]
+    assert policy.model.config._attn_implementation != "packed"
+
+
+def test_peft_reads_an_adapter_of_names_that_other_modules_have_too(folders, tmp_path):
+    """As a vision tower has, whose q_proj is no layer of ours."""
+    policy = load_cpu(folders("llama"))
+    policy.model.tower = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})
+    policy.save("follower", tmp_path)
+    named = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(named) == sorted(policy.lora)
+
+
+@pytest.mark.parametrize("family", ["Mistral3", "Qwen2_5_VL"])
+def test_a_model_published_with_eyes_trains_its_decoder(tmp_path, family):
+    eye = dict(hidden_size=32, intermediate_size=32, patch_size=14)
+    text = {k: v for k, v in SIZES.items() if family == "Mistral3" or k != "head_dim"}
+    if family == "Mistral3":
+        eye |= dict(num_hidden_layers=1, num_attention_heads=2, image_size=28, head_dim=16)
+        eye["model_type"], text["model_type"] = "pixtral", "mistral"
+        marks = dict(image_token_index=262)
+    else:
+        eye |= dict(depth=1, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[0])
+        rope = dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=10000.0)
+        text["rope_parameters"], marks = rope, dict(image_token_id=262, video_token_id=263)
+    settings = getattr(transformers, f"{family}Config")
+    torch.manual_seed(0)
+    name = f"{family}ForConditionalGeneration"
+    model = getattr(transformers, name)(settings(text_config=text, vision_config=eye, **marks))
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    policy = load_cpu(str(tmp_path))
+    assert isinstance(policy.engine, packing.PackedEngine)
+    assert all("vision" not in layer for layer in policy.lora)
+    groups = groups_for(policy)
+    metrics = rl.grpo_step(policy, "follower", None, groups, optimizer_for(policy), CFG)
+    assert metrics["updates"] == 1
+
+
 def test_a_model_id_that_nobody_has_is_refused_in_one_line():
     with pytest.raises(rl.ModelError, match="--model no/such-model: ") as caught:
         rl.load("no/such-model")
@@ -768,7 +870,7 @@ def test_a_model_id_that_nobody_has_is_refused_in_one_line():
 @pytest.mark.parametrize("kind", ["too small", "no list of layers"])
 def test_a_model_without_layers_to_adapt_is_refused(tmp_path, kind):
     if kind == "too small":
-        with pytest.raises(rl.ModelError, match="no linear layer of at least --rank 500"):
+        with pytest.raises(rl.ModelError, match="no layer of class Linear and at least --rank 500"):
             rl.load(make_model(tmp_path), bits=16, rank=500)
         return
     # State-space models, encoders and the like: what get_decoder() gives has no list of layers.

@@ -400,6 +400,17 @@ def test_a_judger_that_would_read_beyond_the_context_is_refused(setup, capsys):
     assert "the Judger may need" in error(capsys, setup("run", **limits))
 
 
+def test_positions_that_depend_on_the_length_are_not_reached(setup, tmp_path, capsys):
+    """Beyond the length it was trained for, Phi-3's longrope moves every token of a longer row."""
+    rope = dict(rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=256)
+    factors = [1.0 + i for i in range(8)]
+    rope |= dict(short_factor=[1.0] * 8, long_factor=factors)
+    sizes = dict(rope_parameters=rope, original_max_position_embeddings=256)
+    model = make_model(tmp_path / "phi3", "phi3", **sizes)
+    text = error(capsys, setup("run", model=model))
+    assert "may need" in text and "has 256" in text
+
+
 def test_instructions_over_the_limit_are_no_questions(setup, tmp_path):
     """The seeds fit with a quarter to spare, the constraints do not."""
     encode = rl.load(str(tmp_path / "model"), bits=16).chat.encode
