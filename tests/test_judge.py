@@ -6,7 +6,9 @@ The constraints that code can check have tests of their own, test_constraints.py
 import json
 import math
 import random
+import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -411,6 +413,21 @@ def test_heldout_rows_are_sound_and_apart_from_the_seeds():
         assert all(judge.check(name, kwargs, "x") in (True, False, None) for name, kwargs in asked)
     # IFEval's 25; two more are our own, and no row in its form has them.
     assert len({name for row in rows for name in row["instruction_id_list"]}) == 25
+
+
+def test_the_readmes_reward_pays_what_a_trainer_calls_it_for():
+    """As TRL calls it: chat completions, and the columns of q_T."""
+    text = (Path(judge.__file__).parent / "README.md").read_text()
+    code = re.search(r"^    import judge\n(?:    .*\n)+", text, re.M)[0]
+    space = {}
+    exec(re.sub("^    ", "", code, flags=re.M), space)
+    says = lambda text: [{"role": "assistant", "content": text}]
+    columns = dict(seed=["Hi"] * 3, kind=["hard"] * 3)
+    columns["constraints"] = [["Use no commas.", "Answer with less than 3 words."]] * 2
+    columns["constraints"].append(["Be kind."])
+    paid = space["reward"](list(map(says, ("a b", "a, b c", "x"))), prompts=[""] * 3, **columns)
+    # Nobody can say of kindness: TRL leaves out a None.
+    assert paid == [1.0, 0.0, None]
 
 
 # ------------------------------------------------------------ files
