@@ -15,7 +15,7 @@ faster. Left out: value network, reward model, padding, merged weights, distribu
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -356,8 +356,7 @@ class Policy:
         # A draw for each sample and position: how many run side by side changes rounding alone.
         uniform = 1 - torch.rand(len(prompts), n, max_new_tokens)
         work = lambda: self.engine.sample(prompts, uniform, temperature) if prompts else []
-        with self.inference():
-            done, groups = self.with_memory(work), []
+        done, groups = self.with_memory(work, inference=True), []
         for asked, prompt, completions in zip(messages, prompts, done):
             opening = asked[-1]["content"] if asked[-1]["role"] == "assistant" else ""
             completions = [cut_at_eos(ids, self.chat.eos) for ids in completions]
@@ -376,18 +375,18 @@ class Policy:
         """
         prompts = [self.chat.encode(m) for m in messages]
         yes, no = self.chat.verdict_tokens
-        with self.inference():
-            work = lambda: self.engine.next_probabilities(prompts, yes + no)
-            probabilities = self.with_memory(work)
+        work = lambda: self.engine.next_probabilities(prompts, yes + no)
+        probabilities = self.with_memory(work, inference=True)
         p_yes, p_no = (p.sum(1) for p in probabilities.split([len(yes), len(no)], 1))
         known = p_yes + p_no > MIN_VERDICT_MASS
         return torch.where(known, p_yes / (p_yes + p_no), math.nan).tolist()
 
-    def with_memory(self, work: Callable, again: bool = True):
+    def with_memory(self, work: Callable, inference: bool = False, again: bool = True):
         """work(), again with less memory each time that the GPU runs out of it."""
         while True:
             try:
-                return work()
+                with self.inference() if inference else nullcontext():
+                    return work()
             except torch.OutOfMemoryError as error:
                 if not again or not self.engine.use_less_memory():
                     mend = "a smaller --model, a lower --max-new-tokens or --batch, shorter seeds"
@@ -544,7 +543,8 @@ def grpo_step(policy: Policy, role: str, reference: str | None, groups, optimize
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= size
-        norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).item()
+        clip = lambda: nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).item()
+        norm = policy.with_memory(clip, again=False)
         if math.isfinite(norm):
             policy.with_memory(optimizer.step, again=False)
             norms.append(norm)

@@ -638,8 +638,8 @@ def main(argv: list[str]) -> int:
         else:
             train(read_config(argv))
         return 0
-    except (InputError, rl.ModelError) as error:
-        print(f"seif: {error}", file=sys.stderr)
+    except (InputError, rl.ModelError, torch.OutOfMemoryError) as error:
+        print(f"seif: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:
         print(f"seif: {error}; what was saved is whole: the same command goes on", file=sys.stderr)

@@ -159,7 +159,7 @@ def mean_logprobs(policy, prompts: list[str], texts: list[str]) -> list[float]:
         start = policy.chat.encode(asked)
         whole = policy.chat.encode([*asked, {"role": "assistant", "content": text}])
         samples.append(rl.Sample(start, whole[len(start) :], text, ended=True))
-    rl.score(policy, None, samples, "reference", 1.0)
+    policy.with_memory(lambda: rl.score(policy, None, samples, "reference", 1.0))
     return [s.reference.mean().item() for s in samples]
 
 

@@ -209,7 +209,8 @@ class SlotSight:
 
     def handle(self) -> Tensor:
         """The attention mask to give to the model: carries this object to every layer."""
-        mask = self._mask(None)
+        # A view: what self holds must not hold self, or both live until Python's collector runs.
+        mask = self._mask(None)[:]
         mask.sight = self
         return mask
 
@@ -664,7 +665,8 @@ class PackedEngine:
         if not self.recompute_all:
             self.recompute_all = True
         elif self.token_budget > MIN_BUDGET or self.slots > 1:
-            self.token_budget = max(MIN_BUDGET, self.token_budget // 2)
+            half = max(MIN_BUDGET, self.token_budget // 2)
+            self.token_budget = min(half, self.token_budget)
             self.slots = max(1, self.slots // 2)
         else:
             return False
@@ -755,6 +757,8 @@ class PackedEngine:
         try:
             engine = cls(model, layers, eos, **limits)
             reason = engine.fault()
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         if not reason:
@@ -781,6 +785,11 @@ class PackedEngine:
         sequences = [draw[:134], draw[:130] + draw[134:]]
         self.model.set_attn_implementation("eager")
         exact = [self._plain_logits(s) for s in sequences]
+        # The other kernel that the model knows, to see how far rounding alone goes: in 16 bits it
+        # grows with depth.
+        self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
+        rounded = [self._plain_logits(s) for s in sequences]
+        noise = max((a - b).abs().max().item() for a, b in zip(exact, rounded))
         self.model.set_attn_implementation("packed")
         ours = [torch.empty(0)] * 2
         WINDOWS.clear()
@@ -806,7 +815,8 @@ class PackedEngine:
         ours += list(sampler.next_logits().split(1))
         largest = max(e.abs().max().item() for e in exact)
         off = max((a - b).abs().max().item() for a, b in zip(ours, exact)) / largest
-        return "" if off < TOLERANCE[self.dtype] else f"logits off by {off:.1%} of the largest"
+        limit = max(TOLERANCE[self.dtype], 1.5 * noise / largest)
+        return "" if off < limit else f"logits off by {off:.1%} of the largest"
 
     def _plain_logits(self, ids: list[int]) -> Tensor:
         """(T, V) in fp32, by the model as it is"""

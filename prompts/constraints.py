@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 try:
     import langdetect
@@ -442,6 +442,7 @@ def _kwargs(rule: Rule, match: re.Match, quotes: list[str]) -> dict | None:
     return rule.finish(kwargs, match)
 
 
+@lru_cache(1 << 12)
 def recognise(sentence: str) -> tuple[str, dict] | None:
     """The constraint that a sentence is, as (id, kwargs); None unless it is understood whole.
 
