@@ -44,15 +44,6 @@ FEWEST_CASES = 10
 Ask = Callable[[list[list[dict]]], list[float]]
 
 
-# ------------------------------------------------------------ verdicts
-@dataclass(frozen=True)
-class Verdict:
-    """Whether an answer satisfies one constraint, and who says so: "rule" or "judger"."""
-
-    value: float | None
-    by: str
-
-
 # ------------------------------------------------------------ the Filter
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
@@ -113,6 +104,14 @@ def filter_questions(
 
 
 # ------------------------------------------------------------ the Judger
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer satisfies one constraint, and who says so: "rule" or "judger"."""
+
+    value: float | None
+    by: str
+
+
 def rule_verdict(question: Question, constraint: str, answer: str) -> bool | None:
     """A rule's verdict on one constraint; None if no rule recognises it or can decide it.
 

@@ -13,6 +13,7 @@ faster. Left out: value network, reward model, padding, merged weights, distribu
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -59,15 +60,15 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.use = base, use
         self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
-        # Both as the activations' type, while nothing is trained (Policy.inference).
-        self.cast: tuple[Tensor, Tensor] | None = None
+        # role -> both as the model's type, while nothing is trained (Policy.inference).
+        self.cast: dict[str, tuple] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
         y, role = self.base(x), self.use["role"]
         if role is None:
             return y
-        A, B = self.cast or (self.A[role].to(x.dtype), self.B[role].to(x.dtype))
+        A, B = self.cast.get(role) or (m[role].to(x.dtype) for m in (self.A, self.B))
         # The sum and B's product in one kernel: each would else be another tensor of y's size.
         down = F.linear(x, A).flatten(0, -2)
         return torch.addmm(y.flatten(0, -2), down, B.T, alpha=self.scale[role]).view_as(y)
@@ -153,11 +154,6 @@ class PlainEngine:
         return False
 
 
-def anywhere(name: str) -> str:
-    """A module's name in whatever layer: "3.mlp.experts" -> "*.mlp.experts"."""
-    return re.sub(r"\d+", "*", name)
-
-
 def decoder_layers(model) -> nn.ModuleList:
     """The list of the decoder's layers, whatever the architecture calls it."""
     for decoder in (model.get_decoder(), getattr(model, "model", nn.Module())):
@@ -234,7 +230,7 @@ class Policy:
             own = module.parameters(recurse=False)
             stacked = [p for p in own if p.dim() == 3 and min(p.shape) > 1]
             if stacked and not isinstance(module, nn.Conv1d):
-                mixtures.add(anywhere(name.rpartition(".")[0]) + ".")
+                mixtures.add(re.sub(r"\d+", "*", name.rpartition(".")[0]) + ".")
                 self.left_out[f"{start}.{name}"] = sum(p.numel() for p in stacked)
         for name, module in modules:
             if not isinstance(module, nn.Linear):
@@ -244,33 +240,33 @@ class Policy:
             module.support_avx512bf16_for_cpu = False
             sizes = module.in_features, module.out_features
             parent, _, leaf = name.rpartition(".")
-            expert = mixtures and (
-                leaf in EXPERT_LEAVES or anywhere(name).startswith(tuple(mixtures))
-            )
-            if expert or min(sizes) < self.rank:
+            place = re.sub(r"\d+", "*", name)
+            expert = leaf in EXPERT_LEAVES or place.startswith(tuple(mixtures))
+            if (mixtures and expert) or min(sizes) < self.rank:
                 self.left_out[f"{start}.{name}"] = math.prod(sizes)
                 continue
             layer = self.lora[f"{start}.{name}"] = LoRALinear(module, self.use)
             setattr(layers.get_submodule(parent), leaf, layer)
         if not self.lora:
-            kind = f"no layer of class Linear and at least --rank {self.rank} to adapt"
-            raise ModelError(f"--model {self.name}: {kind} (GPT-2's are another class)")
+            kind = f"no Linear layer of at least --rank {self.rank} (GPT-2's are Conv1D)"
+            raise ModelError(f"--model {self.name}: {kind}")
 
     def try_out(self) -> None:
-        """A few tokens sampled and scored: a model that cannot is refused now, in one line."""
-        prompt = self.chat.encode([self.chat.USER])[:4]
+        """A token sampled, one scored: what cannot is refused in a line. Says what LoRA leaves."""
         try:
+            self.sample([[self.chat.USER]], 1, 2, 0.0)
             with torch.no_grad():
-                ((tokens,),) = self.engine.sample([prompt], torch.full((1, 1, 2), 0.5), 0.0)
-                list(self.engine.logprobs([(prompt, tokens)]))
+                list(self.engine.logprobs([([1, 2], [3])]))
+        except ModelError:
+            raise
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise ModelError(f"--model {self.name}: does not compute here ({reason})") from error
         adapted = sum(m.base.in_features * m.base.out_features for m in self.lora.values())
         share = 1 - adapted / (adapted + sum(self.left_out.values()))
-        if share > 0.005:
+        if round(share, 2):
             first = next(iter(self.left_out))
-            print(f"  no LoRA on {share:.0%} of the layers' weights: {first} and others")
+            print(f"  no LoRA on {share:.0%} of the layers' weights: {first} ...")
 
     @contextmanager
     def using(self, role: str | None):
@@ -286,15 +282,15 @@ class Policy:
     @contextmanager
     def inference(self):
         """No gradients: the adapter in use is cast once, not at each call of each layer."""
-        role, layers = self.use["role"], self.lora.values()
-        for layer in layers if role else ():
-            layer.cast = tuple(m[role].detach().to(self.model.dtype) for m in (layer.A, layer.B))
+        role, dtype = self.use["role"], self.model.dtype
         try:
             with torch.no_grad():
+                for layer in self.lora.values() if role else ():
+                    layer.cast[role] = layer.A[role].to(dtype), layer.B[role].to(dtype)
                 yield
         finally:
-            for layer in layers:
-                layer.cast = None
+            for layer in self.lora.values():
+                layer.cast.clear()
 
     def add(self, role: str, seed: int = 0, rank: int = 0) -> None:
         """A fresh adapter as peft makes it: A uniform (Kaiming, a = sqrt 5), B zero."""
@@ -325,6 +321,8 @@ class Policy:
         # Renamed when whole: a folder with this file in it is an adapter.
         part = Path(folder) / "adapter_model.part"
         save_file(tensors, part, {"format": "pt"})
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
         part.replace(part.with_suffix(".safetensors"))
 
     def load_adapter(self, role: str, folder: str | Path) -> None:
@@ -397,7 +395,7 @@ class Policy:
 
 
 def fast_dtype(cuda: bool) -> str:
-    """bf16 where it multiplies in it, else fp16 on a GPU, and fp32 on a CPU."""
+    """bf16 where it multiplies in it (a CPU: AVX512 or AMX), else fp16 on a GPU, fp32 on a CPU."""
     if cuda:
         return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
     able = getattr(torch.cpu, "get_capabilities", dict)()
@@ -454,11 +452,12 @@ def load(
 def check_weights(base, about: dict, model: str) -> None:
     """ModelError where the files of a model, `about` their loading, are not its weights."""
     modules = dict(base.named_modules())
-    for name in sorted(about["missing_keys"]):
+    if about["missing_keys"]:
+        name = min(about["missing_keys"])
         raise ModelError(f"--model {model}: its files lack {name}, which would stay random")
     for name in sorted(about["unexpected_keys"]):
         if isinstance(modules.get(name.rpartition(".")[0]), nn.Linear):
-            kind = "a quantisation that transformers does not know"
+            kind = "a quantisation, or a bias, that this model's code does not read"
             raise ModelError(f"--model {model}: {name} beside the layer's weight: {kind}")
     for name, module in modules.items():
         state = getattr(getattr(module, "weight", None), "quant_state", None)

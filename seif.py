@@ -196,7 +196,7 @@ def train(cfg: Config) -> None:
             print(report.plan(run))
         for turn in range(1, cfg.turns + 1):
             freeze_roles(run, turn)
-            for _ in run.left(turn, "qualification", int(asks_a_model(cfg))):
+            for _ in run.left(turn, "qualification", int(run.asks_a_model)):
                 run.log(qualify_roles(run))
             for step in run.left(turn, "instructor", run.steps(turn, "instructor")):
                 run.log(instructor_step(run, turn, step))
@@ -218,11 +218,6 @@ def freeze_roles(run: "Run", turn: int) -> None:
             run.start(f"frozen_{role}", role)
         for parameter in run.policy.tensors(f"frozen_{role}").values():
             parameter.requires_grad_(False)
-
-
-def asks_a_model(cfg: Config) -> bool:
-    """Whether any verdict of this run is a model's."""
-    return cfg.hard_share < 1 or cfg.judge == "llm" or cfg.filter != "rules"
 
 
 def qualify_roles(run: "Run") -> dict:
@@ -269,15 +264,17 @@ def propose(run: "Run", seeds: list[str], kinds: list[str], n: int, temperature:
         for sample in group:
             found, sample.reason = judge.parse_constraints(sample.text, messages.KINDS[kind])
             sample.question = None if sample.reason else Question(seed, kind, tuple(found))
-    parsed = [s for group in groups for s in group if s.question]
+            if sample.question:
+                asked = messages.follower_prompt(sample.question.instruction, cfg.think)
+                long = len(policy.chat.encode(asked)) > cfg.max_prompt_tokens
+                sample.reason = "over --max-prompt-tokens" if long else ""
+    parsed = [s for group in groups for s in group if not s.reason]
     questions, limits = [s.question for s in parsed], (cfg.max_new_tokens, cfg.min_words)
     with policy.using("frozen_follower"):
         how = (policy.yes_probability, run.filter_mode, limits, run.filter.threshold)
         reasons = judge.filter_questions(questions, *how)
     for sample, reason in zip(parsed, reasons):
-        asked = messages.follower_prompt(sample.question.instruction, cfg.think)
-        long = len(policy.chat.encode(asked)) > cfg.max_prompt_tokens
-        sample.reason = reason or ("over --max-prompt-tokens" if long else "")
+        sample.reason = reason
     return groups
 
 
@@ -391,7 +388,7 @@ def evaluate_turn(run: "Run", turn: int) -> dict:
 # ------------------------------------------------------------ the run folder
 @contextmanager
 def locked_folder(cfg: Config):
-    """Create the run folder or check that it has the same settings; keeps other runs out of it."""
+    """Create the run folder or check its settings, keep other runs out; "auto" becomes a dtype."""
     folder, own = Path(cfg.out), asdict(cfg) | {"begun": date.today().isoformat()}
     path, lock = folder / "config.json", filelock.FileLock(folder / "lock")
     try:
@@ -461,7 +458,7 @@ class Run:
             self.policy.add(name, seed=self.cfg.seed * 2 + (role == "follower"))
 
     def _usable(self, seeds: list[str]) -> list[str]:
-        """The seeds that leave a quarter of the limit for their constraints."""
+        """The seeds that leave a quarter of their limit; refuses limits beyond the context."""
         cfg, encode = self.cfg, self.policy.chat.encode
         prompts = [encode(messages.follower_prompt(seed, cfg.think)) for seed in seeds]
         config = self.policy.model.config.get_text_config(decoder=True)
@@ -470,7 +467,7 @@ class Run:
         if rope.get("rope_type") in ("longrope", "dynamic"):
             # Beyond it a token's place depends on how long its row will be.
             context = rope.get("original_max_position_embeddings", context)
-        for role, most in messages.longest(cfg, encode, asks_a_model(cfg)).items():
+        for role, most in messages.longest(cfg, encode, self.asks_a_model).items():
             if most > context:
                 mend = "lower --max-prompt-tokens, --max-new-tokens or --shots"
                 needs = f"{role} may need {most} tokens of context, {cfg.model} has {context}"
@@ -518,6 +515,11 @@ class Run:
         """hard or soft for each seed, drawn; hard where nobody could judge a soft one."""
         share = self.cfg.hard_share if self.trusts_judger else 1.0
         return ["hard" if self.draw.random() < share else "soft" for _ in seeds]
+
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether any verdict of this run is a model's."""
+        return self.cfg.hard_share < 1 or self.cfg.judge == "llm" or self.cfg.filter != "rules"
 
     @property
     def trusts_judger(self) -> bool:
@@ -639,7 +641,7 @@ def main(argv: list[str]) -> int:
             train(read_config(argv))
         return 0
     except (InputError, rl.ModelError, torch.OutOfMemoryError) as error:
-        print(f"seif: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"seif: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:
         print(f"seif: {error}; what was saved is whole: the same command goes on", file=sys.stderr)

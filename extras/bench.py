@@ -129,7 +129,7 @@ class Bench:
         path = args.model or str(smollm2.folder())
         self.repeat, self.warmup = args.repeat, args.warmup
         limits = dict(token_budget=args.token_budget, activation_mib=args.activation_mib)
-        self.policy = rl.load(path, args.bits, **limits)
+        self.policy = rl.load(path, args.bits, dtype=args.dtype, **limits)
         self.policy.add("follower")
         self.optimizer = torch.optim.AdamW(self.policy.tensors("follower").values(), lr=1e-4)
         self.engine, self.device = self.policy.engine, self.policy.model.device
@@ -168,7 +168,7 @@ class Bench:
         prompts = make_prompts(kind, times)
 
         def work():
-            with self.policy.using("follower"):
+            with self.policy.using("follower"), self.policy.inference():
                 groups = self.engine.sample(prompts, draws(len(prompts), group), 1.0)
             groups = rewarded(prompts, groups)
             rl.grpo_step(self.policy, "follower", None, groups, self.optimizer, CFG)
@@ -292,7 +292,8 @@ WORKLOADS = {
 def trl_model(args):
     """The model and tokenizer as TRL's users load them, and their type."""
     path, auto = args.model or str(smollm2.folder()), transformers.AutoModelForCausalLM
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    fast = rl.fast_dtype(torch.cuda.is_available())
+    dtype = rl.DTYPES[fast if args.dtype == "auto" else args.dtype]
     how = {"dtype": dtype}
     if args.bits == 4:
         nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -379,6 +380,7 @@ def read_arguments():
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--activation-mib", type=int, default=0)
     parser.add_argument("--token-budget", type=int, default=2048)
+    parser.add_argument("--dtype", default="auto", choices=("auto", *rl.DTYPES))
     text = "measure TRL on the GRPO steps; cb: its continuous batching"
     parser.add_argument("--against", choices=("trl", "trl-cb"), help=text)
     return parser.parse_args()

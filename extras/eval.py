@@ -8,8 +8,8 @@ question without its constraints:
     fluency   log p(answer | prompt), the mean over its tokens, in nats
     about     log p(answer | its seed) - log p(answer | another row's seed), the mean over its
               tokens: pointwise mutual information. Given the seed alone, or copying a constraint
-              would count as sense. An answer is about its question where this is above what 95 %
-              of the base model's own free answers, to seeds without constraints, have.
+              would count as sense. An answer is about its question where this is above the least
+              that 95 % of the base model's own free answers, to bare seeds, exceed.
 """
 
 import argparse
@@ -133,9 +133,9 @@ def evaluate(policy, role: str | None, rows: list[dict], cfg, least: float | Non
     for record, sample in zip(records, samples):
         record["tokens"] = len(sample.tokens)
     add_sense(policy, rows, records)
-    about = {"rows": len(rows), "truncated": sum(not s.ended for s in samples) / len(rows)}
-    about["length"] = sum(r["tokens"] for r in records) / len(records)
-    return about | accuracy(records) | sense(records, least), records
+    figures = {"rows": len(rows), "truncated": sum(not s.ended for s in samples) / len(rows)}
+    figures["length"] = sum(r["tokens"] for r in records) / len(records)
+    return figures | accuracy(records) | sense(records, least), records
 
 
 def add_sense(policy, rows: list[dict], records: list[dict]) -> None:
@@ -158,7 +158,9 @@ def mean_logprobs(policy, prompts: list[str], texts: list[str]) -> list[float]:
         asked = [{"role": "user", "content": prompt}]
         start = policy.chat.encode(asked)
         whole = policy.chat.encode([*asked, {"role": "assistant", "content": text}])
-        samples.append(rl.Sample(start, whole[len(start) :], text, ended=True))
+        # Short of its last token where that one has merged with the answer's first.
+        at = next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(start))
+        samples.append(rl.Sample(whole[:at], whole[at:], text, ended=True))
     policy.with_memory(lambda: rl.score(policy, None, samples, "reference", 1.0))
     return [s.reference.mean().item() for s in samples]
 
@@ -241,7 +243,7 @@ def report(name: str, result: dict, records: list[dict], limit: int) -> None:
         strict, loose = (result[f"{level}_{kind}"] for kind in ("strict", "loose"))
         print(f"  {level:11}  strict {strict:6.1%}   loose {loose:6.1%}")
     print("  {:11}  strict {:.1%} to {:.1%} (95 %)".format("interval", *interval(records)))
-    if not math.isnan(result["fluency"]):
+    if not math.isnan(result["fluency"] + result["about"]):
         told = f"log p {result['fluency']:.2f} a token, {result['about']:.0%} about their question"
         print(f"  {'sense':11}  {told}")
 

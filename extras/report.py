@@ -27,12 +27,12 @@ def show(run, done: dict) -> dict:
     kinds = {"instructor": proposals, "follower": answers, "questions": questions}
     kinds |= {"qualification": qualified, "evaluation": turn_end}
     row = kinds[stage](run, done) | {"seconds": dict(done["seconds"])}
-    path = run.folder / "log.jsonl"
-    log = [row for _, row in messages.read_jsonl(path)] if path.exists() else []
-    left = minutes_left(run, [*log, run.unit | {"wall": time.time() - run.unit_start}])
-    run.bar.set_postfix_str(f"{left}, {bar_text(row)}")
+    path, now = run.folder / "log.jsonl", {"wall": time.time() - run.unit_start}
+    log = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    log = [json.loads(line) for line in log]
+    run.bar.set_postfix_str(f"{minutes_left(run, [*log, run.unit | now])}, {bar_text(row)}")
     if stage == "evaluation":
-        last = run.unit | row | {"wall": time.time() - run.unit_start}
+        last = run.unit | row | now
         run.bar.write(turn_table([*log, json.loads(messages.json_lines([last]))]))
         write_samples(run.folder, log)
     return row
@@ -42,14 +42,15 @@ def schedule(run) -> dict[tuple[int, str], int]:
     """(turn, stage) -> steps, of the whole run"""
     turns = range(1, run.cfg.turns + 1)
     steps = {(t, role): run.steps(t, role) for t in turns for role in ("instructor", "follower")}
-    return steps | {(t, stage): 1 for t in turns for stage in ("questions", "evaluation")}
+    ones = ["questions", "evaluation", *["qualification"] * run.asks_a_model]
+    return steps | {(t, stage): 1 for t in turns for stage in ones}
 
 
 def plan(run) -> str:
     """What the run is about to do, for who has to wait for it."""
     cfg, steps = run.cfg, schedule(run)
-    lines = []
-    for turn in range(1, cfg.turns + 1):
+    lines, begun = [], max((t for t, count in run.written.items() if count), default=1)
+    for turn in range(begun, cfg.turns + 1):
         teach, learn = (steps[turn, role] for role in ("instructor", "follower"))
         lines.append(f"  turn {turn}: {teach} Instructor steps, q_T, {learn} Follower steps")
     size = f"{cfg.batch} prompts x {cfg.group} samples a step"
@@ -130,7 +131,8 @@ def tell_if_idle(run, samples: list, metrics: dict) -> None:
 def why_nothing(stage: str, sample) -> str:
     """What a sample's reward is due to, and what to change."""
     if sample.reason:
-        return f"{sample.reason}; try more --shots, another --filter, or a larger --model"
+        mend = "try more --shots, another --filter, or a larger --model"
+        return f"{sample.reason}; {'raise it' if '--' in sample.reason else mend}"
     if stage == "instructor" and not sample.answer:
         return "the frozen Follower's answer is cut or empty; raise --max-new-tokens"
     if stage == "follower" and not sample.ended:
@@ -181,7 +183,7 @@ def turn_end(run, done: dict) -> dict:
         base = measure(run, None, run.folder / "heldout_base.jsonl", least) | {"least": least}
         messages.replace_file(base_file, messages.json_lines([base]).encode())
     base = json.loads(base_file.read_text())
-    follower = measure(run, "follower", place / "heldout.jsonl", base["least"])
+    follower = measure(run, "follower", place / "heldout.jsonl", base.get("least"))
     row = {"heldout_base": base, "heldout_follower": follower}
     return row | {"base_r_on_questions": mean_r(done["answers"])}
 
@@ -247,36 +249,38 @@ def bar_text(row: dict) -> str:
 
 def sense_of(figures: dict) -> str:
     """log p a token, the share about their question, the share of trip wires stepped on."""
-    told = []
-    for key, form in (("fluency", ".2f"), ("about", ".0%"), ("tripped", ".0%")):
-        value = figures.get(key)
-        told.append("-" if value is None else format(value, form))
-    return "{:>5} {:>5} {:>5}".format(*told)
+    forms = {"fluency": ".2f", "about": ".0%", "tripped": ".0%"}
+    return " ".join(f"{figure(figures.get(key), form):>5}" for key, form in forms.items())
+
+
+def figure(value: float | None, form: str) -> str:
+    """A cell of the table; the log has null for what is no number."""
+    return "-" if value is None else format(value, form)
 
 
 def turn_table(rows: list[dict]) -> str:
     """One line a turn, and one for the base model, from the lines of log.jsonl."""
-    head = "turn  instr. reward  valid  accepted  q_T  base r  AUC  follower reward    kl"
+    head = "turn  instr. reward  valid  accepted  q_T  base r  AUC  follower reward     kl"
     lines = [head + "  held-out  log p about  trap  minutes"]
     ends = [row for row in rows if row["stage"] == "evaluation"]
     for last in ends[:1]:
         base = last["heldout_base"]
-        lines.append(f"{'base':>79}  {base['instruction_strict']:>8.1%}  {sense_of(base)}")
+        held_out = figure(base["instruction_strict"], ".1%")
+        lines.append(f"{'base':<78}  {held_out:>8}  {sense_of(base)}")
     for last in ends:
         mine = [row for row in rows if row["turn"] == last["turn"]]
         made = next(row for row in mine if row["stage"] == "questions")
         teach, learn = ([r for r in mine if r["stage"] == s] for s in ("instructor", "follower"))
-        span = lambda steps: " -> ".join(f"{steps[i]['reward']:.2f}" for i in (0, -1) if steps)
+        paid = lambda steps, i: figure(steps[i]["reward"], ".2f")
+        span = lambda steps, paid=paid: " -> ".join(paid(steps, i) for i in (0, -1) if steps)
         valid = f"{sum(r['valid'] for r in teach) / len(teach):.0%}" if teach else "-"
-        tried = [r["judger"]["auc"] for r in mine if "judger" in r]
-        auc = f"{tried[0]:.2f}" if tried and tried[0] is not None else "-"
-        base_r, kl = last["base_r_on_questions"], [0.0, *(r["kl"] for r in learn if "kl" in r)][-1]
-        after = last["heldout_follower"]
-        r = "-" if base_r is None else f"{base_r:.2f}"
+        auc = figure(next((r["judger"]["auc"] for r in mine if "judger" in r), None), ".2f")
+        kl = figure([0.0, *(r["kl"] for r in learn if "kl" in r)][-1], ".3f")
+        after, r = last["heldout_follower"], figure(last["base_r_on_questions"], ".2f")
         minutes = sum(r["wall"] for r in mine) / 60
         line = f"{last['turn']:4}  {span(teach) or '-':>13}  {valid:>5}  {made['acceptance']:>8.0%}"
-        line += f"  {made['questions']:>3}  {r:>6} {auc:>4}  {span(learn) or '-':>15}  {kl:.3f}"
-        line += f"  {after['instruction_strict']:>8.1%}  {sense_of(after)}"
+        line += f"  {made['questions']:>3}  {r:>6} {auc:>4}  {span(learn) or '-':>15}  {kl:>5}"
+        line += f"  {figure(after['instruction_strict'], '.1%'):>8}  {sense_of(after)}"
         lines.append(f"{line}  {minutes:>7.1f}")
     return "\n".join(lines)
 

@@ -230,9 +230,9 @@ def longest(cfg, encode: Callable, asked: bool) -> dict[str, int]:
         given = len(encode(instructor_prompt("", kind, shown))) + cfg.max_prompt_tokens * 3 // 4
         most["Instructor"] = max(most["Instructor"], given + cfg.instructor_tokens)
     if asked:
-        constraint = "word " * (MAX_CONSTRAINT_CHARS // 5)
-        blank = judger_prompt(Question("", "hard", ()), "", constraint)
-        most["Judger"] = follower + len(encode(blank))
+        # A character is a token at the most, or nearly.
+        blank = judger_prompt(Question("", "hard", ()), "", "")
+        most["Judger"] = follower + len(encode(blank)) + MAX_CONSTRAINT_CHARS
     return most
 
 

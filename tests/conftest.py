@@ -5,10 +5,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 
 import pytest
+import tiny
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import judge
 import rl
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -124,3 +126,12 @@ def copy_role(policy, source: str, role: str) -> None:
     for name, parameter in policy.tensors(role).items():
         parameter.data.copy_(policy.tensors(source)[name])
         parameter.requires_grad_(False)
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    """A tiny model, seeds, held-out rows, and the flags of a run of two turns (tests/tiny.py)."""
+    monkeypatch.setattr(judge, "parse_constraints", tiny.parse)
+    make_model(tmp_path / "model", **tiny.MODEL)
+    tiny.write_inputs(tmp_path)
+    return lambda out, **more: tiny.flags(tmp_path, out, **more)

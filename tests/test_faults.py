@@ -15,10 +15,7 @@ import psutil
 import pytest
 import tiny
 import torch
-from conftest import make_model
-from safetensors.torch import load_file
 
-import judge
 import seif
 
 # SEIF_KILLS=20 python -m pytest tests/test_faults.py -k killed
@@ -26,23 +23,9 @@ KILLS = int(os.environ.get("SEIF_KILLS", "4"))
 ONE_STEP = dict(turns=1, instructor_steps="1", follower_steps="1")
 
 
-@pytest.fixture
-def setup(tmp_path, monkeypatch):
-    """Flags for a tiny run in tmp_path."""
-    monkeypatch.setattr(judge, "parse_constraints", tiny.parse)
-    make_model(tmp_path / "model", **tiny.MODEL)
-    tiny.write_inputs(tmp_path)
-    return lambda out, **more: tiny.flags(tmp_path, out, **more)
-
-
-def adapters(run: Path) -> dict[str, torch.Tensor]:
-    files = sorted(run.glob("turn*/*/adapter_model.safetensors"))
-    return {f"{f.relative_to(run)}/{name}": t for f in files for name, t in load_file(f).items()}
-
-
 def same(one: Path, other: Path) -> bool:
     """Whether two runs have the same adapters, and have any."""
-    a, b = adapters(one), adapters(other)
+    a, b = tiny.adapters(one), tiny.adapters(other)
     return len(a) > 10 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 

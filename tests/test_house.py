@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import make_model
-from safetensors.torch import load_file
 
 import judge
 import seif
@@ -24,19 +22,6 @@ ROOT = Path(seif.__file__).parent
 SCRIPTS = ["judge.py", "rl.py", "seif.py"]
 SOURCES = [ROOT / name for name in SCRIPTS]
 SOURCES += sorted(ROOT.glob("extras/*.py")) + sorted(ROOT.glob("prompts/*.py"))
-
-
-@pytest.fixture
-def setup(tmp_path):
-    """A tiny model and its inputs; the flags of a run of two turns (tests/tiny.py)."""
-    make_model(tmp_path / "model", **tiny.MODEL)
-    tiny.write_inputs(tmp_path)
-    return lambda out, **more: tiny.flags(tmp_path, out, **more)
-
-
-def adapters(run: Path) -> dict[str, torch.Tensor]:
-    files = sorted(run.glob("turn*/*/adapter_model.safetensors"))
-    return {f"{f.relative_to(run)}/{name}": t for f in files for name, t in load_file(f).items()}
 
 
 # ------------------------------------------------------------ what may be missing
@@ -71,7 +56,7 @@ def test_without_extras_a_run_is_killed_resumed_and_ends(setup, tmp_path, monkey
     monkeypatch.setattr(judge, "parse_constraints", tiny.parse)
     assert seif.main(setup("beside", engine="plain")) == 0
     assert (tmp_path / "beside" / "turn2" / "heldout.jsonl").exists()
-    alone, beside = adapters(run), adapters(tmp_path / "beside")
+    alone, beside = tiny.adapters(run), tiny.adapters(tmp_path / "beside")
     assert len(alone) > 10 and alone.keys() == beside.keys()
     # The processes compute on the CPU even where the tests do not.
     if not torch.cuda.is_available():

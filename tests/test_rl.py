@@ -870,7 +870,7 @@ def test_a_model_id_that_nobody_has_is_refused_in_one_line():
 @pytest.mark.parametrize("kind", ["too small", "no list of layers"])
 def test_a_model_without_layers_to_adapt_is_refused(tmp_path, kind):
     if kind == "too small":
-        with pytest.raises(rl.ModelError, match="no layer of class Linear and at least --rank 500"):
+        with pytest.raises(rl.ModelError, match="no Linear layer of at least --rank 500"):
             rl.load(make_model(tmp_path), bits=16, rank=500)
         return
     # State-space models, encoders and the like: what get_decoder() gives has no list of layers.

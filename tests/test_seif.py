@@ -29,15 +29,6 @@ from prompts import chat, messages
 ONE_STEP = dict(turns=1, instructor_steps="1", follower_steps="1")
 
 
-@pytest.fixture
-def setup(tmp_path, monkeypatch):
-    """A tiny model, seeds, held-out rows, and the flags of a run of two turns (tests/tiny.py)."""
-    monkeypatch.setattr(judge, "parse_constraints", tiny.parse)
-    make_model(tmp_path / "model", **tiny.MODEL)
-    tiny.write_inputs(tmp_path)
-    return lambda out, **more: tiny.flags(tmp_path, out, **more)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run of two turns, to be read only."""
@@ -147,7 +138,7 @@ def test_the_plan_and_the_time_left_of_the_whole_run(setup, monkeypatch, capsys)
 
 def test_time_left_is_what_each_stage_took_times_what_is_left_of_it():
     cfg = types.SimpleNamespace(turns=2)
-    run = types.SimpleNamespace(cfg=cfg, steps=lambda turn, role: 3)
+    run = types.SimpleNamespace(cfg=cfg, steps=lambda turn, role: 3, asks_a_model=False)
     row = lambda turn, stage, wall: dict(turn=turn, stage=stage, wall=wall)
     rows = [row(1, "instructor", 50.0), row(1, "instructor", 70.0)]
     # Twelve steps and four others, of which two are done: 14 minutes.
@@ -165,6 +156,18 @@ def test_the_table_has_a_line_for_every_turn(finished):
     for line in lines:
         figures = line[head.index("held-out") :].split()
         assert re.fullmatch(r"[\d.]+% -\d+\.\d\d \d+% \d+%", " ".join(figures[:4])), line
+
+
+def test_the_table_stands_in_its_columns_even_where_nothing_is_known(finished):
+    rows = rows_of(finished / "log.jsonl")
+    for row in rows:
+        row |= {key: None for key in ("reward", "kl") if key in row}
+        for figures in (row.get("heldout_base"), row.get("heldout_follower")):
+            if figures:
+                figures |= dict.fromkeys(("instruction_strict", "fluency", "about", "tripped"))
+    lines = report.turn_table(rows).splitlines()
+    assert len({len(line.rstrip()) for line in lines if "base" not in line[:4]}) == 1
+    assert "None" not in "".join(lines) and lines[2].count(" - ") >= 6
 
 
 def test_sense_is_measured_on_every_row_that_names_its_seed(finished):

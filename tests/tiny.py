@@ -12,6 +12,8 @@ from pathlib import Path
 
 # The process form imports the project that this file lies in.
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from safetensors.torch import load_file  # noqa: E402
+
 import judge  # noqa: E402
 import seif  # noqa: E402
 
@@ -87,6 +89,12 @@ def flags(folder: Path, out: str, **more) -> list[str]:
     )
     words = [w for k, v in (settings | more).items() for w in (f"--{k.replace('_', '-')}", str(v))]
     return [*words, "--no-think"]
+
+
+def adapters(run: Path) -> dict:
+    """All that a run has trained: file and name -> tensor."""
+    files = sorted(run.glob("turn*/*/adapter_model.safetensors"))
+    return {f"{f.relative_to(run)}/{name}": t for f in files for name, t in load_file(f).items()}
 
 
 def main(argv: list[str], stderr: str = "") -> None:
