@@ -34,6 +34,8 @@ def show(run, done: dict) -> dict:
     if stage == "evaluation":
         last = run.unit | row | now
         run.bar.write(turn_table([*log, json.loads(messages.json_lines([last]))]))
+        if run.heldout:
+            run.bar.write(learned(run.folder, run.unit["turn"]))
         write_samples(run.folder, log)
     return row
 
@@ -245,6 +247,19 @@ def bar_text(row: dict) -> str:
     if "acceptance" in row:
         return f"{row['questions']} accepted, {row['acceptance']:.0%} of attempts"
     return f"held-out {row['heldout_follower']['instruction_strict']:.1%}"
+
+
+def learned(folder: Path, turn: int) -> str:
+    """Whether the Follower beats the base model on the held-out rows, said either way."""
+    base, mine = (folder / name for name in ("heldout_base.jsonl", f"turn{turn}/heldout.jsonl"))
+    tables = [[row for _, row in messages.read_jsonl(path)] for path in (base, mine)]
+    seen = evaluation.compare(*tables)
+    says = "better" if seen["low"] > 0 else "worse" if seen["high"] < 0 else "cannot be told apart"
+    points = "{:+.1f} points ({:+.1f} to {:+.1f})".format(
+        *(100 * seen[key] for key in ("difference", "low", "high"))
+    )
+    told = f"{points}, p {seen['p']:.4f}, on {len(tables[0])} held-out rows"
+    return f"turn {turn}: Follower against base {told}: {says}"
 
 
 def sense_of(figures: dict) -> str:

@@ -158,6 +158,19 @@ def test_the_table_has_a_line_for_every_turn(finished):
         assert re.fullmatch(r"[\d.]+% -\d+\.\d\d \d+% \d+%", " ".join(figures[:4])), line
 
 
+@pytest.mark.parametrize("turned, says", [(30, "better"), (-30, "worse"), (0, "cannot be told")])
+def test_a_turn_says_whether_the_follower_has_learned(tmp_path, turned, says):
+    """Of 60 rows, half met by the base: so many more, or fewer, by the Follower."""
+    (tmp_path / "turn3").mkdir()
+    record = lambda met: dict(prompt="", response="", strict=[met], loose=[met])
+    rows = lambda met: [record(i < met) for i in range(60)]
+    evaluation.write_rows(tmp_path / "heldout_base.jsonl", rows(30))
+    evaluation.write_rows(tmp_path / "turn3" / "heldout.jsonl", rows(30 + turned))
+    text = report.learned(tmp_path, 3)
+    assert text.startswith(f"turn 3: Follower against base {turned / 0.6:+.1f} points (")
+    assert f"on 60 held-out rows: {says}" in text
+
+
 def test_the_table_stands_in_its_columns_even_where_nothing_is_known(finished):
     rows = rows_of(finished / "log.jsonl")
     for row in rows:
@@ -456,10 +469,10 @@ def test_the_small_preset_is_for_the_embedded_model_without_a_gpu(monkeypatch):
         assert (cfg.filter, cfg.max_new_tokens) == (("rules", 96) if small else ("llm", 1024))
 
 
-def test_quick_is_the_small_schedule_of_any_model(monkeypatch):
+def test_quick_is_a_short_schedule_of_any_model(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cfg, usual = seif.read_config(["--quick", "--batch", "6"]), seif.Config()
-    assert (cfg.turns, cfg.instructor_steps, cfg.batch, cfg.model) == (2, "3,2", 6, seif.QWEN)
+    assert (cfg.turns, cfg.instructor_steps, cfg.batch, cfg.model) == (2, "2,1", 6, seif.QWEN)
     assert (cfg.max_new_tokens, cfg.lr) == (usual.max_new_tokens, usual.lr)
 
 
