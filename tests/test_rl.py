@@ -808,6 +808,35 @@ def test_the_packed_model_called_by_others_computes_what_it_did(folders, kind):
         )
 
 
+def test_inference_casts_the_role_in_use_and_no_other_and_leaves_nothing(policy):
+    for seed, role in enumerate(("instructor", "follower")):
+        randomise(policy, role, seed)
+    logits = lambda: policy.model(ids_on(policy, range(9))).logits
+    layer = next(iter(policy.lora.values()))
+    with policy.using("instructor"), torch.no_grad():
+        exact = logits()
+    with pytest.raises(ZeroDivisionError), policy.using("follower"), policy.inference():
+        assert layer.cast["follower"][0].dtype == policy.model.dtype
+        assert not logits().requires_grad
+        with policy.using("instructor"):
+            torch.testing.assert_close(logits(), exact, rtol=0, atol=0)
+        raise ZeroDivisionError
+    assert not any(layer.cast for layer in policy.lora.values())
+    with policy.using("follower"):
+        assert logits().requires_grad
+    with policy.using(None), policy.inference():
+        assert not layer.cast
+
+
+def test_logits_that_are_no_numbers_are_named_at_loading(folders, tmp_path):
+    folder = shutil.copytree(folders("llama"), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(rl.ModelError, match="no numbers"):
+        rl.load(str(folder), bits=16)
+
+
 def test_scores_of_a_model_that_gives_all_its_logits_whatever_it_is_asked(folders):
     policy = load_cpu(folders("llama"), "plain")
     pairs = [([5, 6, 7, 8], [9, 10]), ([5, 6], [7, 8, 9])]
