@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import CHATML, KINDS, SIZES, SPECIAL, copy_role, make_model, make_tokenizer, randomise
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import rl
 from extras import packing
@@ -690,6 +690,28 @@ def test_an_opening_is_tokenised_as_one_string_with_its_prompt():
     assert whole == chat.tokenizer.encode(text, add_special_tokens=False)
     more = ask("hi", ("assistant", "ho"), ("user", "go"))
     assert chat.tokenizer.decode(chat.encode(more)).count("<|im_end|>") == 3
+
+
+@pytest.mark.parametrize("gap", ["", " "])
+def test_a_tokenizer_of_sentencepieces_says_yes_and_keeps_an_opening(gap):
+    """Llama 2's: words carry their space, and a template may end in one or not."""
+    letters = sorted({*"[INST]/{}:'_", *map(chr, range(97, 123)), '"', "1"} - {"_"})
+    pieces = ["<unk>", "</s>", "\u2581", "\u2581yes", "\u2581no", "yes", "no", *letters]
+    core = Tokenizer(models.Unigram([(piece, -len(letters) / 9) for piece in pieces], unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    core.add_special_tokens(["</s>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    turn = "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]" + gap
+    turn += "{% else %}{{ m['content'] }}</s>{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    chat = Chat(tokenizer, {1})
+    yes, no = (chat.tokenizer.convert_ids_to_tokens(ids) for ids in chat.verdict_tokens)
+    word = "\u2581" if gap else ""
+    assert word + "yes" in yes and word + "no" in no
+    opening = '{"c1": "'
+    shown = chat.tokenizer.decode(chat.encode(ask("hi", ("assistant", opening))))
+    assert shown.replace("\u2581", " ").strip() == f"[INST] hi [/INST]{gap}{opening}"
 
 
 def test_an_answers_tags_survive_decoding_though_they_are_special_tokens():
