@@ -292,8 +292,7 @@ WORKLOADS = {
 def trl_model(args):
     """The model and tokenizer as TRL's users load them, and their type."""
     path, auto = args.model or str(smollm2.folder()), transformers.AutoModelForCausalLM
-    fast = rl.fast_dtype(torch.cuda.is_available())
-    dtype = rl.DTYPES[fast if args.dtype == "auto" else args.dtype]
+    dtype = rl.DTYPES[args.dtype]
     how = {"dtype": dtype}
     if args.bits == 4:
         nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -347,7 +346,8 @@ def run_trl(kind: str, args) -> dict:
         learning_rate=1e-4,
         max_steps=steps,
         use_cpu=not cuda,
-        bf16=cuda,
+        bf16=args.dtype == "bf16",
+        fp16=args.dtype == "fp16",
         gradient_checkpointing=True,
         generation_kwargs={"min_new_tokens": NEW},
         use_transformers_continuous_batching=args.against == "trl-cb",
@@ -400,12 +400,15 @@ def in_a_process(name: str, side: str, args) -> dict:
 def main() -> None:
     """Measure what was asked for."""
     args = read_arguments()
+    if args.dtype == "auto":
+        args.dtype = rl.fast_dtype(torch.cuda.is_available())
     if args.side:
         if args.side.startswith("trl"):
             row = run_trl(args.workload.removeprefix("step-"), args)
         else:
             row = WORKLOADS[args.workload][args.side](Bench(args))
         about = {"workload": args.workload, "side": args.side, "bits": args.bits}
+        about["dtype"] = args.dtype
         print(json.dumps(about | row), flush=True)
         return
     for name in [args.workload] if args.workload else WORKLOADS:

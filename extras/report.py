@@ -28,8 +28,8 @@ def show(run, done: dict) -> dict:
     kinds |= {"qualification": qualified, "evaluation": turn_end}
     row = kinds[stage](run, done) | {"seconds": dict(done["seconds"])}
     path, now = run.folder / "log.jsonl", {"wall": time.time() - run.unit_start}
-    log = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    log = [json.loads(line) for line in log]
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    log = [json.loads(line) for line in lines if line]
     run.bar.set_postfix_str(f"{minutes_left(run, [*log, run.unit | now])}, {bar_text(row)}")
     if stage == "evaluation":
         last = run.unit | row | now
