@@ -202,12 +202,10 @@ def unsound(question: Question, bank: list[str]) -> Question | None:
     """
     for i, kept in enumerate(question.constraints):
         rule = recognise(kept)
-        clashing = [
-            c for c in bank if rule and recognise(c) and contradiction([rule, recognise(c)])
-        ]
-        if clashing:
+        bad = [c for c in bank if rule and recognise(c) and contradiction([rule, recognise(c)])]
+        if bad:
             mine, j = list(question.constraints), (i + 1) % len(question.constraints)
-            mine[j] = clashing[0]
+            mine[j] = bad[0]
             return Question(question.seed, question.kind, tuple(mine))
     return None
 

@@ -315,8 +315,7 @@ class Policy:
         """Write the adapter; with extras/adapters.py as peft does, for peft, vLLM and lm-eval."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors(role).items()}
-        adapters = extra("adapters")
-        if adapters:
+        if adapters := extra("adapters"):
             adapters.write_config(self, role, Path(folder))
         # Renamed when whole: a folder with this file in it is an adapter.
         part = Path(folder) / "adapter_model.part"
@@ -361,7 +360,9 @@ class Policy:
             if any(NOT_A_TOKEN in ids for ids in completions):
                 mend = "lower --lr, or take a card with bf16, if this is fp16"
                 raise ModelError(f"the model's logits are no numbers any more; {mend}")
-            texts = [opening + self.chat.decode(ids) for ids in completions]
+            # Decoded after their prompt: some tokenizers drop the space that a text begins with.
+            begun = len(self.chat.decode(prompt))
+            texts = [opening + self.chat.decode(prompt + ids)[begun:] for ids in completions]
             ended = [ids[-1] in self.chat.eos for ids in completions]
             groups.append([Sample(prompt, *one) for one in zip(completions, texts, ended)])
         return groups
@@ -427,7 +428,6 @@ def load(
         kind = type(transformers.AutoConfig.from_pretrained(model, trust_remote_code=False))
         auto = transformers.AutoModelForCausalLM
         if kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            # Published with eyes, of which only the decoder is used here.
             auto = transformers.AutoModelForImageTextToText
         base, about = auto.from_pretrained(model, output_loading_info=True, **how)
     except (*FAULTS, ImportError, AttributeError, TypeError) as error:
@@ -457,8 +457,7 @@ def check_weights(base, about: dict, model: str) -> None:
         raise ModelError(f"--model {model}: its files lack {name}, which would stay random")
     for name in sorted(about["unexpected_keys"]):
         if isinstance(modules.get(name.rpartition(".")[0]), nn.Linear):
-            kind = "a quantisation, or a bias, that this model's code does not read"
-            raise ModelError(f"--model {model}: {name} beside the layer's weight: {kind}")
+            raise ModelError(f"--model {model}: {name} beside the layer's weight is read by nobody")
     for name, module in modules.items():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and tuple(state.shape) != (module.out_features, module.in_features):

@@ -61,6 +61,7 @@ FILTER = "llm: code, then the model; code; rules: code, and no hard one that no 
 JUDGE = "hybrid: rules where they decide, else the model; llm: the model alone, the paper's way"
 REWARD = "the Instructor's; hardest: 1 - r, the paper's; frontier: most where half succeed"
 DTYPES = ("auto", *rl.DTYPES)
+BANK = min(len(messages.instructor_examples(kind)) for kind in messages.KINDS)
 # Attempts per seed at a question that the Filter accepts, and their temperature (the paper's).
 ATTEMPTS, QUESTION_TEMPERATURE = 3, 0.7
 # Verdicts whose truth rules know that the Judger is tried on at the start of a turn, at most.
@@ -95,15 +96,15 @@ class Config:
     seed: int = row(0, "random seed")
     init_follower: str = row("", "LoRA adapter, ours or peft's, that the Follower starts from")
     # The schedule. Steps per turn: 4,2 is 4 in turn 1 and 2 in all later ones.
-    turns: int = row(3, "turns; the paper's number", small=2, least=1, may_change=True)
+    turns: int = row(3, "turns; the paper's number", small=1, least=1, may_change=True)
     batch: int = row(16, "prompts per training step", small=8, least=1)
-    group: int = row(5, "samples per prompt", small=8, paper=5, least=1)
+    group: int = row(5, "samples per prompt", small=8, paper=5, least=2)
     instructor_steps: str = row("", "steps per turn, e.g. 4,2; empty: one epoch", small="2,1")
     follower_steps: str = row("", "empty: 3, 1, 1 epochs, the paper's finding", small="8,3")
     questions: int = row(0, "questions in q_T; 0: one per seed", small=48)
     # The roles.
     hard_share: float = row(0.5, "of machine-checkable questions", small=1.0, paper=0.5, most=1)
-    shots: int = row(2, "worked examples for the Instructor; small models need 4", small=4)
+    shots: int = row(2, "worked examples; small models need 4", small=4, most=BANK)
     think: bool = row(False, "require <think>..</think><answer>..</answer>", paper=True)
     filter: str = row("llm", FILTER, small="rules", paper="llm", choices=FILTERS)
     min_words: int = row(0, "the Filter rejects what allows fewer words", small=20, paper=0)
@@ -111,8 +112,8 @@ class Config:
     judge: str = row("hybrid", JUDGE, paper="llm", choices=JUDGES)
     reward: str = row("hardest", REWARD, paper="hardest", choices=REWARDS)
     # GRPO.
-    temperature: float = row(1.0, "of the Follower's rollouts", small=0.7, paper=1.0)
-    instructor_temperature: float = row(1.0, "of the Instructor's", small=0.5, paper=1.0)
+    temperature: float = row(1.0, "of the Follower's", small=0.7, paper=1.0, least=0.01)
+    instructor_temperature: float = row(1.0, "the other's", small=0.5, paper=1.0, least=0.01)
     lr: float = row(2e-5, "LoRA wants more than the paper's 1e-6", small=3e-4)
     kl: float = row(0.01, "weight of the k3 KL to the stage's start", small=0.05, paper=0.01)
     updates: int = row(4, "optimiser steps per rollout batch", small=1, paper=4, least=1)
@@ -124,7 +125,6 @@ class Config:
     eval_rows: int = row(0, "held-out rows and questions measured per turn; 0: all")
 
 
-# --quick: the whole loop in minutes, before hours are spent on it.
 QUICK = dict(turns=2, batch=4, instructor_steps="2,1", follower_steps="3,2", questions=16)
 QUICK |= dict(eval_rows=40)
 ROWS = {field.name: field for field in dataclasses.fields(Config)}
@@ -168,9 +168,6 @@ def read_config(argv: list[str]) -> Config:
             raise InputError(f"{flag(name)} {value}: must be {limit}")
         if name.endswith("_steps") and value and not re.fullmatch(r"\d+(,\d+)*", value):
             raise InputError(f"{flag(name)} {value}: must be whole numbers, as 4,2")
-    bank = min(len(messages.instructor_examples(kind)) for kind in messages.KINDS)
-    if cfg.shots > bank:
-        raise InputError(f"--shots {cfg.shots}: there are {bank} worked examples to show")
     return cfg
 
 
@@ -178,8 +175,7 @@ def load_policy(cfg: Config) -> Policy:
     """The base model, without adapters."""
     path = cfg.model
     if path == EMBEDDED:
-        smollm2 = rl.extra("smollm2")
-        if smollm2 is None:
+        if not (smollm2 := rl.extra("smollm2")):
             raise InputError("the embedded model comes with extras/: give --model FOLDER")
         path = str(smollm2.folder())
     how = dict(rank=cfg.rank, alpha=2 * cfg.rank, engine=cfg.engine, dtype=cfg.dtype)
@@ -191,8 +187,7 @@ def train(cfg: Config) -> None:
     """Self-evolution. What is done already is skipped; every unit is logged, and saved when due."""
     with locked_folder(cfg) as begun:
         run = Run(cfg, begun)
-        report = rl.extra("report")
-        if report:
+        if report := rl.extra("report"):
             print(report.plan(run))
         for turn in range(1, cfg.turns + 1):
             freeze_roles(run, turn)
@@ -496,6 +491,8 @@ class Run:
                 self.bar.update()
                 if step == steps - 1 or time.time() - self.saved >= SAVE_SECONDS:
                     self.save()
+                if Run.stopped:
+                    raise KeyboardInterrupt
 
     def steps(self, turn: int, role: str) -> int:
         """As set; else epochs, 3 of the Follower's in turn 1, SEIF's front-loaded schedule, else 1.
@@ -504,7 +501,8 @@ class Run:
         """
         rows = len(self.seeds)
         if role == "follower":
-            rows = self.written.get(turn, min(self.cfg.questions or rows, rows))
+            rows = min(self.cfg.questions or rows, rows)
+            rows = len(self.questions(turn)) if turn in self.written else rows
         given = getattr(self.cfg, f"{role}_steps").split(",")
         if given[0] and rows:
             return int(given[min(turn, len(given)) - 1])
@@ -580,7 +578,6 @@ class Run:
         state |= dict(adapters=adapters, optimizers=optimizers)
         # By way of memory: on a full disk torch's own writer raises what is no OSError.
         buffer = io.BytesIO()
-        # On the CPU, where any machine can load it.
         torch.save(tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), state), buffer)
         replace_file(self.folder / "state.pt", buffer.getvalue())
         self.saved = time.time()
@@ -626,12 +623,18 @@ def seed_unit(seed: int, turn: int, stage: str, step: int) -> random.Random:
 # ------------------------------------------------------------ commands
 def main(argv: list[str]) -> int:
     """Run a command; errors that the user can mend end in one line and status 2."""
-    # A polite kill is a Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    Run.stopped = False
+
+    def stop(*_) -> None:
+        Run.stopped = True
+        raise KeyboardInterrupt
+
+    # A polite kill is a Ctrl-C; at the end of the step, where something swallows the exception.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         if argv and argv[0] in ("eval", "chat", "plot"):
-            command = rl.extra(argv[0])
-            if command is None:
+            if not (command := rl.extra(argv[0])):
                 raise InputError(f"{argv[0]} comes with extras/, which is not here")
             if not argv[1:]:
                 runs = ", ".join(str(p.parent) for p in sorted(Path("runs").glob("*/config.json")))

@@ -699,9 +699,12 @@ class PackedEngine:
         out = self.decoder(input_ids=ids, position_ids=depth, attention_mask=mask, **cached)
         return out.last_hidden_state[0]
 
-    @torch.no_grad()
     def prefill(self, prompts: list) -> Iterator[tuple[Row, RowCache, Tensor]]:
-        """What all prompts share once, then the rest row by row: (row, cache, hidden (L, d))"""
+        """What all prompts share once, then the rest row by row: (row, cache, hidden (L, d)).
+
+        Under its callers' no_grad: a decorated generator runs code when it is dropped, where a
+        Ctrl-C would be lost.
+        """
         shared, cache = 0, None
         if len(prompts) > 1:
             first, last = np.asarray(min(prompts)), np.asarray(max(prompts))

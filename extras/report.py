@@ -156,7 +156,8 @@ def qualified(run, done: dict) -> dict:
         follows = ("believed", "believed all the same, as was asked")
     say("Judger", run.judger, *follows)
     if run.cfg.filter == "llm":
-        say("Filter", run.filter, "believed", f"proposals are filtered by {run.filter_mode} alone")
+        alone = f"proposals are filtered by {run.filter_mode} alone"
+        say("Filter", run.filter, "believed" if run.filter_mode == "llm" else alone, alone)
     return {"judger": done["judger"], "filter": done["filter"]}
 
 
@@ -254,7 +255,9 @@ def learned(folder: Path, turn: int) -> str:
     base, mine = (folder / name for name in ("heldout_base.jsonl", f"turn{turn}/heldout.jsonl"))
     tables = [[row for _, row in messages.read_jsonl(path)] for path in (base, mine)]
     seen = evaluation.compare(*tables)
-    says = "better" if seen["low"] > 0 else "worse" if seen["high"] < 0 else "cannot be told apart"
+    sure = seen["p"] < 0.05
+    says = "better" if seen["low"] > 0 and sure else "cannot be told apart"
+    says = "worse" if seen["high"] < 0 and sure else says
     points = "{:+.1f} points ({:+.1f} to {:+.1f})".format(
         *(100 * seen[key] for key in ("difference", "low", "high"))
     )

@@ -6,6 +6,7 @@ Ids and kwargs are those of IFEval (Zhou et al. 2023, arXiv 2311.07911); the cod
 import json
 import math
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -534,10 +535,22 @@ def _is_json(text: str) -> bool:
         return False
 
 
+@cache
+def _load_languages() -> None:
+    """Whole or not at all: langdetect swallows a Ctrl-C while it loads, and then knows half.
+
+    Another thread is not interrupted; the main one, which waits for it, is.
+    """
+    thread = threading.Thread(target=langdetect.detector_factory.init_factory, daemon=True)
+    thread.start()
+    thread.join()
+
+
 def _language(text: str) -> str | None:
     """The detected language, without its region ("zh-tw" is "zh"); None where it cannot be told."""
     if langdetect is None:
         return None
+    _load_languages()
     try:
         code = langdetect.detect(text[:5000]).split("-")[0]
     except langdetect.lang_detect_exception.LangDetectException:

@@ -97,6 +97,34 @@ def test_ctrl_c_and_a_polite_kill_leave_a_clear_line(setup, tmp_path, processes,
     assert "Traceback" not in text
 
 
+LOADS = """
+import sys
+sys.path[:0] = [{root!r}]
+from prompts import constraints
+import langdetect.detector_factory as factory
+real = factory.DetectorFactory.add_profile
+def add_profile(*args):
+    print("loading", flush=True)
+    return real(*args)
+factory.DetectorFactory.add_profile = add_profile
+try:
+    constraints.check("language:response_language", {{"language": "de"}}, "Der Hund schläft heute.")
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_is_not_lost_while_languages_are_loaded():
+    """langdetect would take it for a damaged file, and know half of its languages from then on."""
+    pytest.importorskip("langdetect")
+    code = LOADS.format(root=str(Path(seif.__file__).parent))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.stdout.read()
+    assert process.wait(60) == 130
+
+
 def test_steps_without_a_finite_gradient_end_the_run(setup, tmp_path, monkeypatch, capsys):
     nan = lambda *_, **__: torch.tensor(float("nan"))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", nan)
@@ -208,7 +236,7 @@ def test_pickled_weights_are_refused(setup, tmp_path, capsys):
     (adapter / "adapter_model.safetensors").unlink()
     torch.save(harm, adapter / "adapter_model.bin")
     assert seif.main(["eval", str(tmp_path / "run")]) == 2
-    assert "not a LoRA adapter" in last_line(capsys)
+    assert "no adapter of turn 1" in last_line(capsys)
     torch.save(harm, tmp_path / "model" / "pytorch_model.bin")
     (tmp_path / "model" / "model.safetensors").unlink()
     assert seif.main(setup("other")) == 2
