@@ -714,6 +714,18 @@ def test_a_tokenizer_of_sentencepieces_says_yes_and_keeps_an_opening(gap):
     assert shown.replace("\u2581", " ").strip() == f"[INST] hi [/INST]{gap}{opening}"
 
 
+def test_a_text_keeps_the_space_it_begins_with(policy, monkeypatch):
+    """Llama's tokenizer drops that of whatever it decodes: "must" and " have" are no "musthave"."""
+    tokenizer = policy.chat.tokenizer
+    strip = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    tokenizer.backend_tokenizer.decoder = strip
+    ids = tokenizer.encode(" have", add_special_tokens=False)
+    assert tokenizer.decode(ids) == "have"
+    monkeypatch.setattr(policy.engine, "sample", lambda *_: [[[*ids, IM_END]]])
+    ((sample,),) = policy.sample([ask("hi", ("assistant", "must"))], 1, 9)
+    assert sample.text == "must have" and sample.ended
+
+
 def test_an_answers_tags_survive_decoding_though_they_are_special_tokens():
     chat = chat_of(special=["<think>", "</think>", "<tool>"])
     think, close, tool = (
