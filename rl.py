@@ -4,7 +4,7 @@ It sees token ids and rewards, and nothing of constraints or turns (judge.py, se
 become ids in prompts/chat.py.
 
     LoRALinear    y = W x + (alpha / r) B A x, W frozen in 4 bits   (Hu et al. 2021, equation 3)
-    PlainEngine   sample, log-probabilities, next-token probabilities, one sequence at a time
+    PlainEngine   sample, log-probabilities, next-token probabilities, one prompt at a time
     Policy        the model, an adapter for each role, and an engine
     grpo_step     group advantages, clipped ratio, k3 KL            (Shao et al. 2024, equation 3)
 
@@ -33,8 +33,6 @@ from torch import Tensor, nn
 CLIP_LOW, CLIP_HIGH, MAX_GRAD_NORM = 0.2, 0.3, 1.0
 # P(yes) + P(no) below this: the model is about to say something else, and there is no verdict.
 MIN_VERDICT_MASS = 1e-3
-
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Stands in a completion for a token that could not be chosen.
 NOT_A_TOKEN = -1
@@ -93,7 +91,7 @@ def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 
 
 class PlainEngine:
-    """Sampling and scoring as anybody would write them: one prompt, one sequence at a time."""
+    """Sampling and scoring as anybody would write them: one prompt at a time."""
 
     def __init__(self, model, eos: set[int]):
         self.model, self.eos = model, eos
@@ -327,7 +325,7 @@ class Policy:
     def load_adapter(self, role: str, folder: str | Path) -> None:
         """Read an adapter, ours or peft's; ModelError if it computes something else than LoRA.
 
-        Layers that it leaves out keep B = 0.
+        Layers that it leaves out begin with B = 0.
         """
         adapters, config = extra("adapters"), Path(folder) / "adapter_config.json"
         if config.exists() and not adapters:

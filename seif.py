@@ -2,7 +2,7 @@
 
     python seif.py                 train; the same command again goes on where it stopped
     python seif.py eval RUN        strict and loose accuracy of the trained Follower
-    python seif.py chat RUN        talk to it; --base for the model it started from
+    python seif.py chat RUN        talk to it; --base for the bare base model
     python seif.py plot RUN        one picture of the run
     python seif.py --help          every setting, with its default and its reason
 
@@ -501,8 +501,7 @@ class Run:
         """
         rows = len(self.seeds)
         if role == "follower":
-            rows = min(self.cfg.questions or rows, rows)
-            rows = len(self.questions(turn)) if turn in self.written else rows
+            rows = self.written.get(turn, min(self.cfg.questions or rows, rows))
         given = getattr(self.cfg, f"{role}_steps").split(",")
         if given[0] and rows:
             return int(given[min(turn, len(given)) - 1])
@@ -601,6 +600,8 @@ class Run:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
                 mend = "take it out to begin again"
                 raise InputError(f"{path}: not this run's state ({reason}); {mend}") from error
+        for turn in self.written:
+            self.questions(turn)
         lines = log.read_bytes().splitlines(keepends=True)[: self.done] if log.exists() else []
         try:
             sound = all({"turn", "stage", "step"} <= json.loads(line).keys() for line in lines)
@@ -626,10 +627,10 @@ def main(argv: list[str]) -> int:
     Run.stopped = False
 
     def stop(*_) -> None:
+        """A polite kill is a Ctrl-C; a step's end looks again, in case something swallows it."""
         Run.stopped = True
         raise KeyboardInterrupt
 
-    # A polite kill is a Ctrl-C; at the end of the step, where something swallows the exception.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:

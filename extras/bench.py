@@ -168,6 +168,7 @@ class Bench:
         prompts = make_prompts(kind, times)
 
         def work():
+            """What is timed."""
             with self.policy.using("follower"), self.policy.inference():
                 groups = self.engine.sample(prompts, draws(len(prompts), group), 1.0)
             groups = rewarded(prompts, groups)
@@ -197,6 +198,7 @@ class Bench:
         groups = fake_groups(prompts, GROUP)
 
         def work():
+            """What is timed."""
             for prompt, group in zip(prompts, groups):
                 batch = torch.tensor([prompt + c for c in group], device=self.policy.model.device)
                 with self.policy.using("follower"):
@@ -261,6 +263,7 @@ class Bench:
 
             @torch.no_grad()
             def work():
+                """What is timed."""
                 for at in range(0, len(prompts), 8):
                     self.policy.model(
                         torch.tensor(prompts[at : at + 8], device=self.policy.model.device),
