@@ -106,7 +106,7 @@ def filter_questions(
 # ------------------------------------------------------------ the Judger
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer satisfies one constraint, and who says so: "rule" or "judger"."""
+    """Whether an answer satisfies one constraint; who says so: "rule", "judger", "nobody"."""
 
     value: float | None
     by: str
@@ -127,11 +127,11 @@ def rule_verdict(question: Question, constraint: str, answer: str) -> bool | Non
 
 
 def verdicts(
-    pairs: list[tuple[Question, str]], ask: Ask, mode: str = "hybrid", threshold: float = 0.5
+    pairs: list[tuple[Question, str]], ask: Ask | None, mode="hybrid", threshold: float = 0.5
 ) -> list[list[Verdict]]:
     """Verdicts on every constraint of every (question, answer), all open ones asked at once.
 
-    mode "hybrid": rules where they decide, else `ask`; "llm": `ask` decides all, the paper's way.
+    mode "hybrid": rules where they decide, else `ask`, if given; "llm": `ask` alone, the paper's.
     """
     table, places, prompts = [], [], []
     for question, answer in pairs:
@@ -141,8 +141,9 @@ def verdicts(
             if value is None:
                 places.append((len(table) - 1, len(table[-1])))
                 prompts.append(judger_prompt(question, answer, constraint))
-            table[-1].append(Verdict(None if value is None else float(value), "rule"))
-    for (i, j), p in zip(places, ask(prompts) if prompts else []):
+            known = value is not None
+            table[-1].append(Verdict(float(value), "rule") if known else Verdict(None, "nobody"))
+    for (i, j), p in zip(places, ask(prompts) if ask and prompts else []):
         table[i][j] = Verdict(None if math.isnan(p) else float(p >= threshold), "judger")
     return table
 
@@ -153,7 +154,7 @@ class Ranking:
     """How well P(yes) tells right from wrong, on cases whose truth rules know.
 
     auc: the chance that a right case has the higher P(yes), with its 95 % interval; threshold: the
-    P(yes) of the best balanced accuracy; cases: those with a verdict.
+    P(yes) of the best balanced accuracy, 0.5 if that is noise; cases: those with a verdict.
     """
 
     auc: float
@@ -184,7 +185,8 @@ def rank(ps: list[float], truth: list[bool]) -> Ranking:
     spread = auc * (1 - auc) + (n - 1) * (q1 - auc**2) + (m - 1) * (q2 - auc**2)
     margin = 1.96 * math.sqrt(spread / (n * m))
     balanced = lambda cut: sum(p >= cut for p in right) / n + sum(p < cut for p in wrong) / m
-    threshold = max(sorted({p for p, _ in known}), key=balanced)
+    best = max(sorted({p for p, _ in known}), key=balanced)
+    threshold = best if auc - margin > TRUSTED_AUC else 0.5
     return Ranking(auc, max(0.0, auc - margin), min(1.0, auc + margin), threshold, n + m)
 
 

@@ -404,10 +404,10 @@ def fast_dtype(cuda: bool) -> str:
 def load(
     model: str, bits=4, device=None, rank=16, alpha=32.0, engine="packed", dtype="auto", **limits
 ) -> Policy:
-    """Load a causal language model (Hugging Face id or local folder) with a chat template.
+    """Load a causal language model, a Hugging Face id or a folder; ModelError if it won't do.
 
-    bits 4 is nf4 with double quantisation (Dettmers et al. 2023), 16 the weights as they are;
-    dtype is what it computes in, LoRA masters stay fp32. `limits` go to the packed engine.
+    bits 4: nf4, double quantisation (Dettmers et al. 2023), 16: none; device: None is the GPU, if
+    any; LoRA's masters (rank, alpha) are fp32 in any dtype; limits: the packed engine's.
     """
     cpu, packing = (extra(name) for name in ("cpu", "packing"))
     if (Path(model) / "adapter_config.json").exists():
@@ -548,7 +548,7 @@ def grpo_step(policy: Policy, role: str, reference: str | None, groups, optimize
         sums = {name: value + parts[name] for name, value in sums.items()}
     tokens = sum(len(s.tokens) for s in everyone)
     metrics |= {"updates": len(norms), "skipped": updates - len(norms), "tokens_trained": tokens}
-    metrics |= {name: value / tokens for name, value in sums.items()}
+    metrics |= {name: value / tokens for name, value in sums.items() if name != "kl" or cfg.kl}
     return metrics | {"grad_norm": sum(norms) / len(norms) if norms else math.nan}
 
 

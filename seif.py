@@ -40,7 +40,6 @@ import filelock
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import judge
@@ -119,7 +118,7 @@ class Config:
     updates: int = row(4, "optimiser steps per rollout batch", small=1, paper=4, least=1)
     rank: int = row(16, "of LoRA; alpha is twice as much", least=1)
     # Limits.
-    max_new_tokens: int = row(1024, "an answer's; one that reaches it scores 0", small=96, least=1)
+    max_new_tokens: int = row(1024, "an answer's; cut ones score 0", small=96, paper=1024, least=1)
     instructor_tokens: int = row(512, "a proposal's", small=96, least=1)
     max_prompt_tokens: int = row(1024, "longer seeds are skipped and counted, never cut", least=1)
     eval_rows: int = row(0, "held-out rows and questions measured per turn; 0: all")
@@ -236,16 +235,16 @@ def qualify_roles(run: "Run") -> dict:
     draw.shuffle(bank)
     clashing = [q for q in (judge.unsound(q, bank) for q in examples) if q]
     with policy.using("frozen_follower"), clock("judging"):
-        ps = policy.yes_probability([messages.judger_prompt(*case) for case in cases])
+        ps = run.ask([messages.judger_prompt(*case) for case in cases])
         run.judger = judge.rank(ps, truth)
         sound = [True] * len(examples) + [False] * len(clashing)
-        ps = policy.yes_probability([messages.filter_prompt(q) for q in examples + clashing])
+        ps = run.ask([messages.filter_prompt(q) for q in examples + clashing])
         run.filter = judge.rank(ps, sound)
     return dict(judger=asdict(run.judger), filter=asdict(run.filter), seconds=clock)
 
 
 # ------------------------------------------------------------ what the roles do
-def propose(run: "Run", seeds: list[str], kinds: list[str], n: int, temperature: float) -> list:
+def propose(run: "Run", seeds: list, kinds: list, n: int, temperature) -> list[list[Sample]]:
     """The Instructor's n proposals a seed, each with its question, and why it is rejected if so."""
     cfg, policy, salt = run.cfg, run.policy, run.draw.random()
     prompts = []
@@ -258,23 +257,23 @@ def propose(run: "Run", seeds: list[str], kinds: list[str], n: int, temperature:
     for seed, kind, group in zip(seeds, kinds, groups):
         for sample in group:
             found, sample.reason = judge.parse_constraints(sample.text, messages.KINDS[kind])
-            sample.question = None if sample.reason else Question(seed, kind, tuple(found))
-            if sample.question:
+            if not sample.reason:
+                sample.question = Question(seed, kind, tuple(found))
                 asked = messages.follower_prompt(sample.question.instruction, cfg.think)
                 long = len(policy.chat.encode(asked)) > cfg.max_prompt_tokens
                 sample.reason = "over --max-prompt-tokens" if long else ""
     parsed = [s for group in groups for s in group if not s.reason]
     questions, limits = [s.question for s in parsed], (cfg.max_new_tokens, cfg.min_words)
     with policy.using("frozen_follower"):
-        how = (policy.yes_probability, run.filter_mode, limits, run.filter.threshold)
+        how = (run.ask, run.filter_mode, limits, run.filter.threshold)
         reasons = judge.filter_questions(questions, *how)
     for sample, reason in zip(parsed, reasons):
         sample.reason = reason
     return groups
 
 
-def answer(run: "Run", role: str | None, questions, n: int, temperature: float, clock) -> list:
-    """n answers of `role` to each question, with the frozen Follower's and the rules' verdicts."""
+def answer(run: "Run", role, questions, n: int, temperature, clock) -> list[list[Sample]]:
+    """n answers of `role`, None being the base model, to each question, with verdicts."""
     cfg, policy = run.cfg, run.policy
     with clock("rollout"), policy.using(role):
         prompts = [messages.follower_prompt(q.instruction, cfg.think) for q in questions]
@@ -286,7 +285,8 @@ def answer(run: "Run", role: str | None, questions, n: int, temperature: float, 
     samples = [s for group in groups for s in group if s.answer and s.ended]
     with clock("judging"), policy.using("frozen_follower"):
         pairs = [(s.question, s.answer) for s in samples]
-        table = judge.verdicts(pairs, run.ask, cfg.judge, run.judger.threshold)
+        ask = run.ask if run.trusts_judger else None
+        table = judge.verdicts(pairs, ask, cfg.judge, run.judger.threshold)
     for sample, verdicts in zip(samples, table):
         sample.verdicts = verdicts
     return groups
@@ -372,11 +372,11 @@ class Clock(Counter):
 
 
 def evaluate_turn(run: "Run", turn: int) -> dict:
-    """Save the adapters; how hard q_T is for the base model. report.py adds held-out rows."""
+    """Save the adapters; how hard q_T is for whom the run began with. report.py adds the rest."""
     for role in run.optimizers:
         run.policy.save(role, run.folder / f"turn{turn}" / role)
     questions, clock = run.questions(turn)[: run.cfg.eval_rows or None], Clock()
-    answers = [a for (a,) in answer(run, None, questions, 1, 0.0, clock)]
+    answers = [a for (a,) in answer(run, run.base, questions, 1, 0.0, clock)]
     return dict(answers=answers, seconds=clock)
 
 
@@ -427,11 +427,16 @@ class Run:
         # Templates that tell the date keep telling it, after midnight and when resumed.
         self.policy.chat.today = begun
         self.seeds = self._usable(seeds)
+        self.digest = hashlib.sha256("\n".join(self.seeds).encode()).hexdigest()
         self.optimizers = {}
         for role in ("instructor", "follower"):
             self.start(role, role)
             parameters = list(self.policy.tensors(role).values())
             self.optimizers[role] = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
+        # Whom the Follower is compared with: the base model, or the adapter that it starts from.
+        self.base = "base" if cfg.init_follower else None
+        if self.base:
+            self.start(self.base, "follower")
         # Units done in all, and units that the loop has come past.
         self.done = self.passed = self.voided = 0
         # How far the frozen Follower is to be believed as Judger and as Filter.
@@ -456,20 +461,10 @@ class Run:
         """The seeds that leave a quarter of their limit; refuses limits beyond the context."""
         cfg, encode = self.cfg, self.policy.chat.encode
         prompts = [encode(messages.follower_prompt(seed, cfg.think)) for seed in seeds]
-        config = self.policy.model.config.get_text_config(decoder=True)
-        context = getattr(config, "max_position_embeddings", math.inf)
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            # Beyond it a token's place depends on how long its row will be.
-            context = rope.get("original_max_position_embeddings", context)
-        for role, most in messages.longest(cfg, encode, self.asks_a_model).items():
-            if most > context:
-                mend = "lower --max-prompt-tokens, --max-new-tokens or --shots"
-                needs = f"{role} may need {most} tokens of context, {cfg.model} has {context}"
-                raise InputError(f"the {needs}; {mend}")
+        messages.check_limits(cfg, encode, self.asks_a_model, self.policy.model.config)
         usable = [s for s, p in zip(seeds, prompts) if len(p) <= cfg.max_prompt_tokens * 3 // 4]
         if not usable:
-            limit = f"three quarters of --max-prompt-tokens {cfg.max_prompt_tokens}"
+            limit = f"3/4 of --max-prompt-tokens {cfg.max_prompt_tokens}; raise it"
             raise InputError(f"{cfg.seeds}: all {len(seeds)} seeds exceed {limit}")
         return usable
 
@@ -521,13 +516,12 @@ class Run:
     @property
     def trusts_judger(self) -> bool:
         """Whether the model's verdicts count; under --judge llm they do, measured or not."""
-        return self.judger.believed or self.cfg.trust_judger or self.cfg.judge == "llm"
+        trusted = self.cfg.trust_judger or self.cfg.judge == "llm" or self.judger.believed
+        return self.asks_a_model and trusted
 
     def ask(self, prompts: list[list[dict]]) -> list[float]:
-        """The Judger's P(yes); nan, a missing verdict, from one that cannot tell."""
-        if self.trusts_judger:
-            return self.policy.yes_probability(prompts)
-        return [math.nan] * len(prompts)
+        """The Judger's and the Filter's P(yes), nan for none: the frozen Follower's."""
+        return self.policy.yes_probability(prompts)
 
     @property
     def filter_mode(self) -> str:
@@ -560,10 +554,13 @@ class Run:
     def log(self, done: dict) -> None:
         """A unit's line of log.jsonl: what extras/report.py, which shows it too, makes of it."""
         report = rl.extra("report")
-        row = self.unit | (report.show(self, done) if report else done.get("metrics", {}))
+        told = {role: done[role] for role in ("judger", "filter") if role in done}
+        row = self.unit | (report.show(self, done) if report else done.get("metrics", told))
         row["wall"] = time.time() - self.unit_start
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(messages.json_lines([row]))
+        if not report:
+            tqdm.write(messages.json_lines([row])[:-1])
 
     def save(self) -> None:
         """Replace the state: adapters, optimisers, and how many units are done."""
@@ -572,12 +569,12 @@ class Run:
             os.fsync(file.fileno())
         adapters = {role: self.policy.tensors(role) for role in self.optimizers}
         optimizers = {role: o.state_dict() for role, o in self.optimizers.items()}
-        state = dict(done=self.done, written=self.written, seeds=len(self.seeds))
+        state = dict(done=self.done, written=self.written, seeds=self.digest)
         state |= dict(judger=asdict(self.judger), filter=asdict(self.filter))
         state |= dict(adapters=adapters, optimizers=optimizers)
         # By way of memory: on a full disk torch's own writer raises what is no OSError.
         buffer = io.BytesIO()
-        torch.save(tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), state), buffer)
+        torch.save(state, buffer)
         replace_file(self.folder / "state.pt", buffer.getvalue())
         self.saved = time.time()
 
@@ -594,12 +591,14 @@ class Run:
                 self.done, self.written = int(state["done"]), dict(state["written"])
                 self.judger = judge.Ranking(**state["judger"])
                 self.filter = judge.Ranking(**state["filter"])
-                if state["seeds"] != len(self.seeds):
-                    raise ValueError(f"{len(self.seeds)} seeds where there were {state['seeds']}")
+                if state["seeds"] != self.digest:
+                    raise ValueError("the seeds are not those that it began with")
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
                 mend = "take it out to begin again"
                 raise InputError(f"{path}: not this run's state ({reason}); {mend}") from error
+        elif any(self.folder.glob("turn*/follower/*.safetensors")):
+            print(f"no {path}: begins again, and replaces turn after turn of what is there")
         for turn in self.written:
             self.questions(turn)
         lines = log.read_bytes().splitlines(keepends=True)[: self.done] if log.exists() else []

@@ -291,12 +291,16 @@ def main(argv: list[str], seif) -> None:
     rows = read_rows(args.data or cfg.heldout or messages.PROMPTS / "heldout.jsonl")[
         : args.rows or None
     ]
-    roles = (None, "follower") if args.paired else (None,) if args.base else ("follower",)
+    begun = "base" if cfg.init_follower else None
+    if args.paired and begun:
+        policy.load_adapter(begun, cfg.init_follower)
+    roles = (begun, "follower") if args.paired else (None,) if args.base else ("follower",)
+    names = {None: "base model", "base": cfg.init_follower, "follower": f"Follower of turn {turn}"}
     tables, least = [], on_topic_from(policy, rows, cfg)
     for role in roles:
         result, records = evaluate(policy, role, rows, cfg, least)
         tables.append(records)
-        name = f"Follower of turn {turn}" if role else "base model"
+        name = names[role]
         report(name, result, records, cfg.max_new_tokens)
     if args.paired:
         line = "strict {difference:+.1%}, {low:+.1%} to {high:+.1%} (95 %), p = {p:.4f}"

@@ -49,16 +49,32 @@ def schedule(run) -> dict[tuple[int, str], int]:
 
 
 def plan(run) -> str:
-    """What the run is about to do, for who has to wait for it."""
+    """What the run is about to do, for who waits for it; InputError if it could not compare."""
+    same_rows(run)
     cfg, steps = run.cfg, schedule(run)
     lines, begun = [], max((t for t, count in run.written.items() if count), default=1)
     for turn in range(begun, cfg.turns + 1):
         teach, learn = (steps[turn, role] for role in ("instructor", "follower"))
         lines.append(f"  turn {turn}: {teach} Instructor steps, q_T, {learn} Follower steps")
+    if run.base:
+        rank = min(t.shape[0] for t in run.policy.tensors(run.base).values())
+        lines.append(
+            f"  base: the adapter {cfg.init_follower}, of rank {rank}, where the Follower starts"
+        )
     size = f"{cfg.batch} prompts x {cfg.group} samples a step"
     limits = f"proposals of {cfg.instructor_tokens} tokens, answers of {cfg.max_new_tokens} at most"
     safe = "Ctrl-C is safe: the same command goes on; after the first step the bar says how long"
     return "\n".join([*lines, f"  {size}; {limits}", f"  {safe}"])
+
+
+def same_rows(run) -> None:
+    """The held-out rows are still those that the base model was measured on."""
+    path = run.folder / "heldout_base.jsonl"
+    if path.exists() and run.heldout:
+        measured = [row.get("prompt") for _, row in messages.read_jsonl(path)]
+        if measured != [row["prompt"] for row in run.heldout]:
+            mend = "put the file that --heldout names back, or give another --out"
+            raise messages.InputError(f"{path} measures other rows than those held out now; {mend}")
 
 
 def minutes_left(run, rows: list[dict]) -> str:
@@ -96,7 +112,7 @@ def answers(run, done: dict) -> dict:
 def step(run, done: dict) -> dict:
     """What answers "is it training?", the same for both stages."""
     samples = [s for group in done["groups"] for s in group]
-    tell_if_idle(run, samples, done["metrics"])
+    tell_if_idle(run, samples, done)
     rewards = [s.reward for s in samples if s.reward is not None] or [math.nan]
     others = [a for a, _ in done["answers"]] if run.unit["stage"] == "instructor" else []
     tokens, cuda = sum(len(s.tokens) for s in samples), torch.cuda.is_available()
@@ -120,30 +136,38 @@ IDLE: Counter = Counter()
 MOST_IDLE = 3
 
 
-def tell_if_idle(run, samples: list, metrics: dict) -> None:
-    """A stage whose first steps have nothing to learn from says so, with the commonest reason."""
-    stage = run.unit["stage"]
+def tell_if_idle(run, samples: list, done: dict) -> None:
+    """Steps in a row with nothing to learn from, or a whole stage of them: the commonest reason."""
+    (turn, stage, number), metrics = run.unit.values(), done["metrics"]
+    if (turn, number) == (1, 0):
+        IDLE.clear()
     IDLE[stage] = 0 if metrics["updates"] or metrics["skipped"] else IDLE[stage] + 1
-    if IDLE[stage] == MOST_IDLE:
-        reason, count = Counter(why_nothing(stage, s) for s in samples).most_common(1)[0]
+    last = number == run.steps(turn, stage) - 1
+    if IDLE[stage] == MOST_IDLE or (last and number < IDLE[stage] < MOST_IDLE):
+        # A valid proposal is paid for the frozen Follower's answer to it.
+        paid = [(s, s.reward) for s in samples if stage == "follower" or s.reason]
+        paid += done["answers"] if stage == "instructor" else []
+        reasons = Counter(why_nothing(run.cfg, stage, *one) for one in paid)
+        reason, count = reasons.most_common(1)[0]
         share = f"{count / len(samples):.0%} of the samples: {reason}"
-        tqdm.write(f"{stage}: {MOST_IDLE} steps in a row with nothing to learn from; {share}")
+        tqdm.write(f"{stage}: {IDLE[stage]} steps in a row with nothing to learn from; {share}")
 
 
-def why_nothing(stage: str, sample) -> str:
-    """What a sample's reward is due to, and what to change."""
+def why_nothing(cfg, stage: str, sample, reward: float | None) -> str:
+    """What a reward is due to, and what to change; `sample` is an answer or a bad proposal."""
     if sample.reason:
         mend = "try more --shots, another --filter, or a larger --model"
         return f"{sample.reason}; {'raise it' if '--' in sample.reason else mend}"
-    if stage == "instructor" and not sample.answer:
-        return "the frozen Follower's answer is cut or empty; raise --max-new-tokens"
-    if stage == "follower" and not sample.ended:
-        return "cut at the limit; raise --max-new-tokens"
-    if stage == "follower" and not sample.answer:
-        return "not in the form; try --no-think"
-    if sample.reward is None:
-        return "no verdict, the Judger says neither yes nor no; try --hard-share 1"
-    return f"a reward of {sample.reward:.2f} like the others; raise --group or --temperature"
+    whose = "the frozen Follower's answer is " if stage == "instructor" else ""
+    if not sample.ended:
+        return f"{whose}cut at the limit; raise --max-new-tokens"
+    if not sample.answer:
+        mend = "not in the form; try --no-think" if cfg.think else "empty; try another --model"
+        return whose + mend
+    if reward is None:
+        mend = "try --filter rules, --hard-share 1 or --trust-judger"
+        return f"no verdict, no rule decides and the Judger cannot; {mend}"
+    return f"a reward of {reward:.2f} like the others; raise --group or the temperature"
 
 
 def qualified(run, done: dict) -> dict:
@@ -183,7 +207,7 @@ def turn_end(run, done: dict) -> dict:
     place, base_file = run.folder / f"turn{run.unit['turn']}", run.folder / "base.json"
     if not base_file.exists():
         least = evaluation.on_topic_from(run.policy, run.heldout, run.cfg)
-        base = measure(run, None, run.folder / "heldout_base.jsonl", least) | {"least": least}
+        base = measure(run, run.base, run.folder / "heldout_base.jsonl", least) | {"least": least}
         messages.replace_file(base_file, messages.json_lines([base]).encode())
     base = json.loads(base_file.read_text())
     follower = measure(run, "follower", place / "heldout.jsonl", base.get("least"))
@@ -239,9 +263,9 @@ def bar_text(row: dict) -> str:
     if "reward" in row:
         text = f"reward {row['reward']:.3f}, len {row['length']:.0f}, cut {row['truncated']:.0%}"
         text += f", tied {row['tied']:.0%}, {row['tokens_per_second']:.0f} tok/s"
-        if "kl" not in row:
+        if "grad_norm" not in row:
             return f"{text}, no update"
-        return f"{text}, kl {row['kl']:.4f}, grad {row['grad_norm']:.2f}"
+        return f"{text}, kl {figure(row.get('kl'), '.4f')}, grad {row['grad_norm']:.2f}"
     if "judger" in row:
         judger, filter = (row[role]["auc"] for role in ("judger", "filter"))
         return f"AUC of the Judger {judger:.2f}, of the Filter {filter:.2f}"
@@ -293,7 +317,7 @@ def turn_table(rows: list[dict]) -> str:
         span = lambda steps, paid=paid: " -> ".join(paid(steps, i) for i in (0, -1) if steps)
         valid = f"{sum(r['valid'] for r in teach) / len(teach):.0%}" if teach else "-"
         auc = figure(next((r["judger"]["auc"] for r in mine if "judger" in r), None), ".2f")
-        kl = figure([0.0, *(r["kl"] for r in learn if "kl" in r)][-1], ".3f")
+        kl = figure([None, *(r["kl"] for r in learn if "kl" in r)][-1], ".3f")
         after, r = last["heldout_follower"], figure(last["base_r_on_questions"], ".2f")
         minutes = sum(r["wall"] for r in mine) / 60
         line = f"{last['turn']:4}  {span(teach) or '-':>13}  {valid:>5}  {made['acceptance']:>8.0%}"

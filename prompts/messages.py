@@ -23,6 +23,9 @@ PROMPTS = Path(__file__).parent
 KINDS = {"hard": 3, "soft": 5}
 # A proposal is looked for in so many characters of a text.
 MAX_PROPOSAL_CHARS = 20_000
+# Where a row's seed stands, the first that it has; what may part a CSV file's columns, the first
+# for a file of one.
+SEED_COLUMNS, DELIMITERS = ("seed_question", "prompt", "question"), ("\x1f", ",", ";", "\t")
 
 
 class InputError(ValueError):
@@ -114,11 +117,12 @@ def read_questions(path: str | Path) -> list[Question]:
 def read_seeds(path: str | Path) -> list[str]:
     """Seed questions, by content: JSON lines, CSV with a header, parquet, or text, one a line.
 
+    CSV's columns may be parted by commas, semicolons or tabs.
     A row's seed is its "seed_question", else its "prompt" or "question".
     """
     seeds = []
     for number, row in _seed_rows(Path(path)):
-        texts = [row.get(key) for key in ("seed_question", "prompt", "question")]
+        texts = [row.get(key) for key in SEED_COLUMNS]
         text = next((t for t in texts if isinstance(t, str) and t.strip()), None)
         if text is None:
             needs = 'a text under "prompt", "question" or "seed_question"'
@@ -137,14 +141,33 @@ def _seed_rows(path: Path) -> list[tuple[int, dict]]:
     if any(line.lstrip().startswith("{") for line in lines):
         return read_jsonl(path)
     csv.field_size_limit(len(text) + 1)
+    for comma in DELIMITERS:
+        if rows := _csv_rows(path, text, comma):
+            return rows
+    if path.suffix.lower() in (".csv", ".tsv"):
+        needs = 'a column "prompt", "question" or "seed_question", or another ending for plain text'
+        raise InputError(f"{path}, line 1: needs {needs}")
+    return [(i, {"prompt": line}) for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _csv_rows(path: Path, text: str, comma: str) -> list[tuple[int, dict]]:
+    """(line number, row) of every row; none where no column of this delimiter holds a seed."""
+    rows, table = csv.reader(io.StringIO(text), delimiter=comma), []
     try:
-        rows = csv.reader(io.StringIO(text))
         columns = [name.strip().lower() for name in next(rows, [])]
-        if len(columns) > 1 and {"seed_question", "prompt", "question"} & set(columns):
-            return [(rows.line_num, dict(zip(columns, row))) for row in rows if row]
+        if not set(SEED_COLUMNS) & set(columns):
+            return []
+        for row in rows:
+            if len(row) > len(columns):
+                extra = f"{len(row)} cells under {len(columns)} columns"
+                raise InputError(
+                    f"{path}, line {rows.line_num}: {extra}; quote texts with {comma!r}"
+                )
+            if row:
+                table.append((rows.line_num, dict(zip(columns, row))))
     except csv.Error as error:
         raise InputError(f"{path}, line {rows.line_num}: not CSV ({error})") from error
-    return [(i, {"prompt": line}) for i, line in enumerate(lines, 1) if line.strip()]
+    return table
 
 
 def _parquet_rows(path: Path) -> list[tuple[int, dict]]:
@@ -234,6 +257,21 @@ def longest(cfg, encode: Callable, asked: bool) -> dict[str, int]:
         blank = judger_prompt(Question("", "hard", ()), "", "")
         most["Judger"] = follower + len(encode(blank)) + MAX_CONSTRAINT_CHARS
     return most
+
+
+def check_limits(cfg, encode: Callable, asked: bool, config) -> None:
+    """InputError where a role may need more tokens than the model of this `config` has places."""
+    config = config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", math.inf)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        # Beyond it a token's place depends on how long its row will be.
+        context = rope.get("original_max_position_embeddings", context)
+    for role, most in longest(cfg, encode, asked).items():
+        if most > context:
+            mend = "lower --max-prompt-tokens, --max-new-tokens or --shots"
+            needs = f"{role} may need {most} tokens of context, {cfg.model} has {context}"
+            raise InputError(f"the {needs}; {mend}")
 
 
 # ------------------------------------------------------------ what the Instructor says

@@ -325,7 +325,9 @@ def test_a_lost_file_is_one_clear_line(setup, tmp_path, capsys):
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(tmp_path / "kept", tmp_path / "run")
     (tmp_path / "run" / "state.pt").unlink()
+    capsys.readouterr()
     assert seif.main(setup("run", **ONE_STEP)) == 0
+    assert "begins again, and replaces turn after turn" in capsys.readouterr().out
     assert same(tmp_path / "run", tmp_path / "kept")
 
 

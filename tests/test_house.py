@@ -52,6 +52,8 @@ def test_without_extras_a_run_is_killed_resumed_and_ends(setup, tmp_path, monkey
     assert ended.returncode == 0, ended.stderr
     assert "going on after unit" in ended.stdout and "done: " in ended.stdout
     assert "heldout" not in (run / "log.jsonl").read_text()
+    # Without a report what is logged is said, so that a run that learns nothing does not hide it.
+    assert '"stage": "follower"' in ended.stdout and '"tied": ' in ended.stdout
 
     monkeypatch.setattr(judge, "parse_constraints", tiny.parse)
     assert seif.main(setup("beside", engine="plain")) == 0

@@ -178,6 +178,9 @@ def test_hybrid_asks_the_model_only_what_no_rule_decides():
     ask = Oracle(0.9, math.nan)
     (found,) = judge.verdicts([(question, "apple, pear")], ask)
     assert found == [Verdict(0.0, "rule"), Verdict(1.0, "judger"), Verdict(None, "judger")]
+    # Nobody is asked where there is nobody to ask.
+    (alone,) = judge.verdicts([(question, "apple, pear")], None)
+    assert alone == [Verdict(0.0, "rule"), Verdict(None, "nobody"), Verdict(None, "nobody")]
     # The missing verdict is left out, not counted as a "no".
     assert judge.satisfaction(found) == 0.5
     text = ask.asked[0][-1]["content"]
@@ -312,9 +315,11 @@ def test_without_the_think_form_all_is_the_answer_but_a_thought_of_its_own(text,
 def test_a_ranking_counts_pairs_and_finds_the_threshold(monkeypatch):
     monkeypatch.setattr(judge, "FEWEST_CASES", 1)
     ranking = judge.rank([0.9, 0.6, 0.4, 0.2, math.nan], [True, True, False, True, True])
-    # The wrong case lies above one of three right ones.
+    # The wrong case lies above one of three right ones; no threshold is fitted to that.
     assert ranking.auc == pytest.approx(2 / 3) and ranking.cases == 4
-    assert ranking.threshold == 0.6
+    assert not ranking.believed and ranking.threshold == 0.5
+    telling = judge.rank([0.3, 0.2, 0.1] * 9, [True, True, False] * 9)
+    assert telling.believed and telling.threshold == 0.2
     assert judge.rank([0.5] * 4, [True, False] * 2).auc == 0.5
     assert 0 <= ranking.low < ranking.auc < ranking.high <= 1
 
@@ -452,6 +457,9 @@ def test_the_readmes_reward_pays_what_a_trainer_calls_it_for():
         ('id,prompt\n1,"x, so"\n\n2,y\n', ["x, so", "y"]),
         ('Question,kind\r\n"x\ny",a\r\n', ["x\ny"]),
         ("Why, oh why?\nx\n", ["Why, oh why?", "x"]),
+        ('prompt\nWhy, oh why?\n"x\ny, z"\n', ["Why, oh why?", "x\ny, z"]),
+        ('id;Question\n1;"x; so"\n2;y, z\n', ["x; so", "y, z"]),
+        ("seed_question\tkind\nx, so\ta\n", ["x, so"]),
     ],
 )
 @pytest.mark.parametrize("ending", ["jsonl", "txt"])
@@ -459,6 +467,21 @@ def test_seed_files_are_told_apart_by_content(tmp_path, content, seeds, ending):
     path = tmp_path / f"a.{ending}"
     path.write_bytes(content.encode())
     assert messages.read_seeds(str(path)) == seeds
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.csv", "id,prompt\n1,x\n2,y, z\n", "a.csv, line 3: 3 cells under 2 columns; quote"),
+        ("a.txt", "prompt;id\nx;1;2\n", "a.txt, line 2: 3 cells under 2 columns; quote"),
+        ("a.csv", "id,text\n1,x\n", 'a.csv, line 1: needs a column "prompt"'),
+        ("a.TSV", "1\tx\n", 'a.TSV, line 1: needs a column "prompt"'),
+    ],
+)
+def test_a_table_that_would_lose_text_is_refused(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=says):
+        messages.read_seeds(tmp_path / name)
 
 
 QUESTION = '{"seed": "a", "kind": "hard", "constraints": ["b"]}'

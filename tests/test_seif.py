@@ -317,14 +317,23 @@ def test_a_finished_run_trains_no_more_and_more_turns_go_on(setup, finished, tmp
     assert (tmp_path / "run" / "log.jsonl").read_text().startswith(log)
     place = Path("turn2") / "follower"
     assert same(tensors(tmp_path / "run" / place), tensors(finished / place))
+    # On other rows than the base model's, or other seeds, it does not go on.
+    kept = (tmp_path / "heldout.jsonl").read_text()
+    (tmp_path / "heldout.jsonl").write_text("".join(kept.splitlines(keepends=True)[::-1]))
+    assert "heldout_base.jsonl measures other rows" in error(capsys, setup("run", turns=3))
+    (tmp_path / "heldout.jsonl").write_text(kept)
+    (tmp_path / "seeds.txt").write_text("Say hi.\nName a fruit.\nCount to ten.\nSing.\n")
+    assert "the seeds are not those that it began with" in error(capsys, setup("run", turns=3))
 
 
 # ------------------------------------------------------------------------------ roles, rewards
 
 
-def test_no_accepted_question_skips_the_follower(setup, tmp_path, monkeypatch):
+def test_no_accepted_question_skips_the_follower(setup, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(judge, "parse_constraints", lambda text, count: ([], "no json"))
     assert seif.main(setup("run", turns=1)) == 0
+    idle = "instructor: 2 steps in a row with nothing to learn from; 100% of the samples: no json"
+    assert idle in "".join(capsys.readouterr())
     rows = rows_of(tmp_path / "run" / "log.jsonl")
     assert [r["stage"] for r in rows] == ["instructor", "instructor", "questions", "evaluation"]
     assert rows[0]["reward"] == 0 and rows[0]["tied"] == 1 and rows[0]["valid"] == 0
@@ -386,13 +395,71 @@ def test_a_model_that_cannot_tell_is_not_asked(setup, tmp_path, monkeypatch, cap
     assert "soft" in {q.kind for q in made}
 
 
-def test_without_a_verdict_nothing_is_paid_and_nothing_learned(setup, tmp_path):
+def test_without_a_verdict_nothing_is_paid_and_nothing_learned(setup, tmp_path, capsys):
     """This tokenizer has no token for yes: all verdicts are missing."""
     assert seif.main(setup("run", **ONE_STEP, judge="llm")) == 0
+    said = "".join(capsys.readouterr())
+    assert "instructor: 1 steps in a row" in said and "follower: 1 steps in a row" in said
     follower = next(r for r in rows_of(tmp_path / "run/log.jsonl") if r["stage"] == "follower")
     # What is empty or cut at the limit scores 0 all the same.
     assert 0 < follower["missing"] < 1 and follower["reward"] == 0 and follower["updates"] == 0
     assert "`?`" in (tmp_path / "run" / "samples.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "stage, sample, reward, says",
+    [
+        ("instructor", dict(reason="no json"), 0.0, "no json; try more --shots"),
+        ("instructor", dict(reason="over --max-prompt-tokens"), 0.0, "tokens; raise it"),
+        ("instructor", dict(ended=False), 0.0, "Follower's answer is cut at the limit; raise"),
+        (
+            "instructor",
+            dict(answer=""),
+            0.0,
+            "Follower's answer is not in the form; try --no-think",
+        ),
+        ("follower", dict(ended=False), 0.0, "cut at the limit; raise --max-new-tokens"),
+        ("follower", dict(answer=""), 0.0, "not in the form; try --no-think"),
+        ("follower", dict(), None, "try --filter rules, --hard-share 1 or --trust-judger"),
+        ("follower", dict(), 0.5, "a reward of 0.50 like the others; raise --group"),
+    ],
+)
+def test_why_nothing_is_learned_names_what_to_change(stage, sample, reward, says):
+    one = rl.Sample([1], [2], "a", **dict(ended=True, answer="a") | sample)
+    assert says in report.why_nothing(seif.Config(think=True), stage, one, reward)
+
+
+def test_whoever_replaces_ask_is_tried_and_asked(setup, tmp_path, monkeypatch):
+    """An API model as Judger and Filter: the local one is not asked at all."""
+    knows = lambda text: float("commas" in text)
+
+    def ask(run, prompts):
+        return [knows(p[-1]["content"]) for p in prompts]
+
+    monkeypatch.setattr(seif.Run, "ask", ask)
+    monkeypatch.setattr(rl.Policy, "yes_probability", None)
+    assert seif.main(setup("run", **ONE_STEP, hard_share=0.5, filter="llm")) == 0
+    tried, *_ = rows_of(tmp_path / "run" / "log.jsonl")
+    assert tried["judger"]["cases"] > 0 and tried["filter"]["auc"] is not None
+
+
+def test_where_rules_decide_all_no_model_is_asked(setup, tmp_path, monkeypatch):
+    """Not even for a constraint that a rule knows and cannot decide."""
+    monkeypatch.setattr(rl.Policy, "yes_probability", None)
+    monkeypatch.setattr(judge, "rule_verdict", lambda question, constraint, answer: None)
+    assert seif.main(setup("run", **ONE_STEP)) == 0
+    rows = rows_of(tmp_path / "run" / "log.jsonl")
+    assert {s[2] for r in rows for a in r.get("samples", []) for s in a["constraints"]} == {
+        "nobody"
+    }
+
+
+def test_without_kl_none_is_shown(setup, tmp_path, capsys):
+    assert seif.main(setup("run", **ONE_STEP, kl=0)) == 0
+    rows = rows_of(tmp_path / "run" / "log.jsonl")
+    assert any(row.get("updates") for row in rows) and not any("kl" in row for row in rows)
+    table = report.turn_table(rows)
+    assert table.split("\n")[-1].split()[-6] == "-" and "kl -" in "".join(capsys.readouterr())
 
 
 def test_the_follower_starts_from_a_given_adapter(setup, tmp_path, capsys):
@@ -407,6 +474,13 @@ def test_the_follower_starts_from_a_given_adapter(setup, tmp_path, capsys):
     assert same(end, start) and next(iter(start.values())).shape[0] == 3
     about = json.loads((tmp_path / "run/turn1/follower/adapter_config.json").read_text())
     assert (about["r"], about["lora_alpha"]) == (3, 12)
+    # What it is compared with is that adapter: untrained, it answers alike.
+    base, mine = (
+        rows_of(tmp_path / "run" / n) for n in ("heldout_base.jsonl", "turn1/heldout.jsonl")
+    )
+    assert base == mine and "of rank 3, where the Follower starts" in capsys.readouterr().out
+    assert seif.main(["eval", str(tmp_path / "run"), "--paired"]) == 0
+    assert f"{tmp_path / 'start'}, 2 prompts" in capsys.readouterr().out
     # Resumed, and with a second turn.
     assert seif.main(setup("run", **more | {"turns": 2})) == 0
     nowhere = setup("other", init_follower=tmp_path / "nowhere")
@@ -453,7 +527,8 @@ def test_paper_is_one_flag_and_yields_to_others():
     cfg = seif.read_config(["--paper", "--kl", "0.5"])
     assert (cfg.judge, cfg.filter, cfg.group, cfg.updates) == ("llm", "llm", 5, 4)
     assert (cfg.think, cfg.hard_share, cfg.reward, cfg.min_words) == (True, 0.5, "hardest", 0)
-    assert cfg.kl == 0.5
+    # A thought and its answer do not fit into the small preset's tokens.
+    assert cfg.kl == 0.5 and cfg.max_new_tokens == 1024
     # The schedule, too, is not the small one's that goes with a machine without a GPU.
     assert cfg.temperature == cfg.instructor_temperature == 1.0
 
