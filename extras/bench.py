@@ -129,6 +129,7 @@ class Bench:
         path = args.model or str(smollm2.folder())
         self.repeat, self.warmup = args.repeat, args.warmup
         limits = dict(token_budget=args.token_budget, activation_mib=args.activation_mib)
+        limits |= dict(graphs=args.graphs)
         self.policy = rl.load(path, args.bits, dtype=args.dtype, **limits)
         self.policy.add("follower")
         self.optimizer = torch.optim.AdamW(self.policy.tensors("follower").values(), lr=1e-4)
@@ -383,6 +384,8 @@ def read_arguments():
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--activation-mib", type=int, default=0)
     parser.add_argument("--token-budget", type=int, default=2048)
+    how = dict(action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--graphs", help="on a GPU: replay the steps of sampling", **how)
     parser.add_argument("--dtype", default="auto", choices=("auto", *rl.DTYPES))
     text = "measure TRL on the GRPO steps; cb: its continuous batching"
     parser.add_argument("--against", choices=("trl", "trl-cb"), help=text)

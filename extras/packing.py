@@ -12,6 +12,7 @@ here knows of adapters or roles.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from extras import cuda
 from extras.cpu import trim
 
 # Logits held at once, in elements, whatever the vocabulary: 128 MiB of fp32, 32 on the CPU.
@@ -490,13 +492,14 @@ class Sampler:
         self.engine, self.temperature = engine, temperature
         device, self.n, longest = engine.device, uniform.shape[1], uniform.shape[2]
         self.look = LOOK_EVERY[device.type]
-        # Samples run on until somebody looks; what is past their end is cut off later.
-        self.uniform = F.pad(uniform.flatten(0, 1), (0, self.look), value=0.5).to(device)
-        total, steps = self.uniform.shape
-        self.out = torch.zeros(total, steps, dtype=torch.long, device=device)
-        self.limit = torch.tensor(limits or [longest] * total, device=device)
+        # Samples run on until somebody looks; what is past their end is cut off later. The last
+        # row is where slots that nobody uses write.
+        self.uniform = F.pad(uniform.flatten(0, 1), (0, self.look, 0, 1), value=0.5).to(device)
+        self.nobody, steps = len(self.uniform) - 1, self.uniform.shape[1]
+        self.out = torch.zeros(self.uniform.shape, dtype=torch.long, device=device)
+        self.limit = torch.tensor([*(limits or [longest] * self.nobody), longest], device=device)
         self.eos = torch.tensor(sorted(engine.eos), dtype=torch.long, device=device)
-        self.over = torch.zeros(total, dtype=torch.bool, device=device)
+        self.over = torch.zeros(len(self.out), dtype=torch.bool, device=device)
         self.longest = max(map(len, prompts)) + steps
         # Tokens that all prompts share and no slot holds, see attention_after.
         self.first = 0
@@ -504,6 +507,7 @@ class Sampler:
         # Tokens held per slot, known without asking the device.
         self.held: list[int] = []
         self.cache: SlotCache | None = None
+        self.replayed: cuda.Replayed | None = None
         self.starts = self._starts(prompts)
         while self.cache is None or len(self.active) < self.cache.slots:
             if not self._begin(len(self.active)):
@@ -543,17 +547,20 @@ class Sampler:
         room, device = aligned(self.longest - self.first), self.engine.device
         per_token = sum(k[0, :, 0].nbytes + v[0, :, 0].nbytes for k, v in like.kv)
         most = int(self.engine.kv_bytes() / (per_token * room))
-        slots = max(1, min(most, self.engine.slots, len(self.limit)))
+        slots = max(1, min(most, self.engine.slots, self.nobody))
         self.cache = SlotCache(slots, room, like, device)
         self.shared = like.prefix if self.first else None
         zeros = torch.zeros(3, slots, dtype=torch.long, device=device)
         self.sample, self.count, self.token = zeros
+        self.sample.fill_(self.nobody)
+        state = [self.token, self.sample, self.count, self.out, self.over, self.cache.length]
+        if self.engine.record:
+            self.replayed = cuda.Replayed(self._step, state, self.engine.record)
 
-    def next_logits(self) -> Tensor:
-        """(active, V) of every active sample's next token; its last one enters the cache."""
-        n, cache = len(self.active), self.cache
-        cache.width = aligned(max(self.held) + 1)
-        length = cache.length[:n]
+    def next_logits(self, n: int, width: int) -> Tensor:
+        """(n, V) of the next token of the first n slots; their last ones enter the cache."""
+        cache = self.cache
+        cache.width, length = width, cache.length[:n]
         sight = SlotSight(length, cache.width, self.engine.dtype, self.shared)
         out = self.engine.decoder(
             input_ids=self.token[:n, None],
@@ -563,14 +570,25 @@ class Sampler:
             use_cache=True,
         )
         length += 1
-        self.held = [h + 1 for h in self.held]
         return self.engine.head.logits(out.last_hidden_state[:, 0])
+
+    def sizes(self) -> tuple[int, int]:
+        """Slots and columns that a step has to look at."""
+        return len(self.active), aligned(max(self.held) + 1)
 
     def step(self) -> None:
         """One token for every active sample; no value is read back from the device."""
-        n = len(self.active)
+        n, width = self.sizes()
+        self.held = [h + 1 for h in self.held]
+        if not self.replayed:
+            return self._step(n, width)
+        n, width = self.replayed.sizes(n, width)
+        slots, columns = self.cache.kv[0][0].shape[::2]
+        return self.replayed(min(n, slots), min(width, columns))
+
+    def _step(self, n: int, width: int) -> None:
         sample, count = self.sample[:n], self.count[:n]
-        token = pick(self.next_logits(), self.uniform[sample, count], self.temperature)
+        token = pick(self.next_logits(n, width), self.uniform[sample, count], self.temperature)
         self.out[sample, count] = token
         self.token[:n] = token.clamp_min(0)
         count += 1
@@ -591,6 +609,10 @@ class Sampler:
                 self.active[slot], self.held[slot] = self.active[last], self.held[last]
             self.active.pop()
             self.held.pop()
+        if self.replayed:
+            # A recording may serve more slots than are in use.
+            idle = slice(len(self.active), None)
+            self.sample[idle], self.count[idle], self.cache.length[idle] = self.nobody, 0, 0
 
     def run(self) -> list[list[int]]:
         """Decode all; a row a sample, which may run on past its end."""
@@ -598,7 +620,9 @@ class Sampler:
             for _ in range(self.look):
                 self.step()
             self.retire()
-        return self.out[:, : -self.look].tolist()
+        if self.replayed and self.replayed.off:
+            self.engine.record = None
+        return self.out[:-1, : -self.look].tolist()
 
 
 # ------------------------------------------------------------------------------ the engine
@@ -612,11 +636,15 @@ def furthest(one: list[Tensor], other: list[Tensor]) -> float:
 class PackedEngine:
     """rl.PlainEngine's methods over packed rows of at most `token_budget` distinct tokens."""
 
-    def __init__(self, model, layers, eos, token_budget=2048, slots=0, activation_mib=0):
+    def __init__(
+        self, model, layers, eos, token_budget=2048, slots=0, activation_mib=0, graphs=True
+    ):
         self.model, self.layers, self.eos, self.token_budget = model, layers, eos, token_budget
         self.device, self.dtype = model.device, model.dtype
         self.cuda = self.device.type == "cuda"
         self.slots, self.activation_mib = slots or SLOTS[self.device.type], activation_mib
+        # How a step of sampling is recorded, to be replayed; None: it is not.
+        self.record = cuda.record if self.cuda and graphs else None
         self.decoder, self.config = model.get_decoder(), model.config.get_text_config(decoder=True)
         cap = getattr(self.config, "final_logit_softcapping", None)
         self.head = Head(model.get_output_embeddings(), cap)
@@ -635,7 +663,8 @@ class PackedEngine:
         """As rl.PlainEngine.sample, many at a time; rows may run on past their EOS."""
         trim()
         self._recover()
-        rows = Sampler(self, prompts, uniform, temperature).run()
+        with cuda.unpacked(self.model, self.free_bytes()) if self.cuda else nullcontext():
+            rows = Sampler(self, prompts, uniform, temperature).run()
         n = uniform.shape[1]
         return [rows[i : i + n] for i in range(0, len(rows), n)]
 
@@ -822,7 +851,7 @@ class PackedEngine:
             self.model.set_attn_implementation("eager")
             exact.append(self._plain_logits(begun)[-1:])
             self.model.set_attn_implementation("packed")
-        ours += list(sampler.next_logits().split(1))
+        ours += list(sampler.next_logits(*sampler.sizes()).split(1))
         largest = torch.cat(exact).abs().max().item()
         off, limit = furthest(ours, exact) / largest, TOLERANCE[self.dtype]
         if self.dtype != torch.float32:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import KINDS, OTHERS, make_model, randomise
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rl
-from extras import cpu, packing
+from extras import cpu, cuda, packing
 
 CFG = types.SimpleNamespace(temperature=1.0, updates=1, kl=0.05)
 ENDS = set(range(0, 256, 16))  # frequent: samples finish, and are replaced, at different times
@@ -261,6 +262,111 @@ def test_a_shared_prefix_is_read_in_one_place_only_where_the_window_reaches(
     assert len(packed.chat.encode(messages[0])) > packing.SHARED_FROM
     assert tokens(packed, messages, 2, 12, 0.9) == tokens(plain, messages, 2, 12, 0.9)
     assert bool(shared) == (window == 4000)
+
+
+class Recorder(TorchDispatchMode):
+    """A CUDA graph's stand-in: kernels, with the very memory that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a value is read while recording")
+        out = func(*args, **(kwargs or {}))
+        written = [r.alias_info.is_write for r in func._schema.returns if r.alias_info]
+        # A view of memory that stays is no kernel.
+        if all(written):
+            self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(*(x if isinstance(x, tuple) else (x,) for x in (out, again))):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+
+def recorded(work, pool):
+    with Recorder() as recorder:
+        work()
+    return recorder.replay
+
+
+def nothing(work, pool):
+    """A recording that does nothing: most of its tokens are wrong."""
+    return lambda: None
+
+
+def refused(work, pool):
+    work()
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("shared_from", [1, 128])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_recorded_step_replayed_picks_the_same_tokens(twins, kind, shared_from, monkeypatch):
+    monkeypatch.setattr(packing, "SHARED_FROM", shared_from)
+    monkeypatch.setattr(cuda, "COLUMNS", 16)
+    packed, plain = twins(kind)
+    for policy in (packed, plain):
+        monkeypatch.setattr(policy.chat, "eos", ENDS)
+        monkeypatch.setattr(policy.engine, "eos", ENDS)
+    expected = tokens(plain, asks(*TEXTS), 4, 30, 1.0)
+    made, replays, real = [], [], cuda.Replayed
+
+    def record(work, pool):
+        replay = recorded(work, pool)
+        return lambda: replays.append(1) or replay()
+
+    monkeypatch.setattr(packed.engine, "record", record)
+    monkeypatch.setattr(cuda, "Replayed", lambda *args: made.append(real(*args)) or made[-1])
+    for slots, look in ((64, 7), (9, 3), (3, 1)):
+        monkeypatch.setattr(packed.engine, "slots", slots)
+        monkeypatch.setitem(packing.LOOK_EVERY, "cpu", look)
+        assert tokens(packed, asks(*TEXTS), 4, 30, 1.0) == expected
+        assert len(replays) > 2 * len(made[-1].recorded) > 2 and not made[-1].off
+        assert {n for n, _ in made[-1].recorded} <= {1, 2, 3, 4, 8, 9, 16, 24}
+        replays.clear()
+
+
+@pytest.mark.parametrize(
+    "record, says",
+    [(nothing, "100% of its tokens differ"), (refused, "RuntimeError: operation not")],
+)
+def test_a_recording_that_is_wrong_or_impossible_is_not_used(
+    twins, record, says, monkeypatch, capsys
+):
+    packed, plain = twins("llama")
+    monkeypatch.setattr(packed.engine, "record", record)
+    assert tokens(packed, asks(*TEXTS), 4, 12, 1.0) == tokens(plain, asks(*TEXTS), 4, 12, 1.0)
+    assert f"no CUDA graph, slower: {says}" in capsys.readouterr().out
+
+
+def test_sizes_of_recordings_are_few_and_large_enough():
+    sizes = {cuda.Replayed.sizes(n, 8 * w) for n in range(1, 81) for w in range(1, 33)}
+    assert len(sizes) == 13 * 4
+    for n in range(1, 81):
+        samples, columns = cuda.Replayed.sizes(n, n)
+        assert n <= samples < max(2 * n, n + 8) and n <= columns < n + 64
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_unpacked_for_a_while_4_bit_layers_compute_the_same(folders, kind, monkeypatch):
+    monkeypatch.setattr(cpu, "UNPACK_MIB", 0)
+    policy = load(folders(kind), "packed", 4)
+    layers = [layer.base for layer in policy.lora.values()]
+    inputs = [torch.randn(5, layer.in_features) for layer in layers]
+    expected = [layer(x) for layer, x in zip(layers, inputs)]
+    size = sum(layer.in_features * layer.out_features for layer in layers) * 4
+    for free, fits in ((4 * size, True), (4 * size - 1, False)):
+        with cuda.unpacked(policy.model, free):
+            assert all(("forward" in vars(layer)) == fits for layer in layers)
+            for layer, x, y in zip(layers, inputs, expected):
+                torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+        assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_one_token_one_prompt_and_nothing_at_all(twins):
