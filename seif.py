@@ -59,6 +59,7 @@ QWEN, EMBEDDED = "Qwen/Qwen2.5-1.5B-Instruct", "SmolLM2-135M-Instruct"
 FILTER = "llm: code, then the model; code; rules: code, and no hard one that no rule knows; off"
 JUDGE = "hybrid: rules where they decide, else the model; llm: the model alone, the paper's way"
 REWARD = "the Instructor's; hardest: 1 - r, the paper's; frontier: most where half succeed"
+INTENT = "answers less about their seed than this share of the frozen Follower's pay 0"
 DTYPES = ("auto", *rl.DTYPES)
 BANK = min(len(messages.instructor_examples(kind)) for kind in messages.KINDS)
 # Attempts per seed at a question that the Filter accepts, and their temperature (the paper's).
@@ -110,6 +111,7 @@ class Config:
     trust_judger: bool = row(False, "draw soft questions even if the Judger cannot tell")
     judge: str = row("hybrid", JUDGE, paper="llm", choices=JUDGES)
     reward: str = row("hardest", REWARD, paper="hardest", choices=REWARDS)
+    intent_gate: float = row(0.0, INTENT, most=1)
     # GRPO.
     temperature: float = row(1.0, "of the Follower's", small=0.7, paper=1.0, least=0.01)
     instructor_temperature: float = row(1.0, "the other's", small=0.5, paper=1.0, least=0.01)
@@ -355,6 +357,9 @@ def follower_step(run: "Run", turn: int, step: int) -> dict:
     samples = [s for group in groups for s in group]
     for s in samples:
         s.reward = judge.follower_reward(s.question, s.answer, s.ended, s.verdicts)
+    if cfg.intent_gate:
+        with clock("gate"):
+            rl.extra("sense").gate(run, turn, samples)
     with clock("update"):
         metrics = run.update("follower", groups, cfg)
     answers = [(group[0], group[0].reward) for group in groups]
@@ -420,6 +425,8 @@ class Run:
         self.cfg, self.folder = cfg, Path(cfg.out)
         ours, evaluation = messages.PROMPTS, rl.extra("eval")
         seeds = messages.read_seeds(cfg.seeds or ours / "seeds.jsonl")
+        if cfg.intent_gate and not evaluation:
+            raise InputError("--intent-gate comes with extras/, which is not here")
         heldout = cfg.heldout or ours / "heldout.jsonl"
         self.heldout = evaluation.read_rows(heldout)[: cfg.eval_rows or None] if evaluation else []
         print("  ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
@@ -441,8 +448,9 @@ class Run:
         self.done = self.passed = self.voided = 0
         # How far the frozen Follower is to be believed as Judger and as Filter.
         self.judger = self.filter = judge.UNTRIED
-        # Questions of each q_T, which decide the Follower's steps.
+        # Questions of each q_T, which decide the Follower's steps; --intent-gate's threshold.
         self.written: dict[int, int] = {}
+        self.least: dict[int, float] = {}
         self.saved = time.time()
         self._resume()
         skipped = f"{len(seeds) - len(self.seeds)} too long, skipped"
@@ -601,15 +609,7 @@ class Run:
             print(f"no {path}: begins again, and replaces turn after turn of what is there")
         for turn in self.written:
             self.questions(turn)
-        lines = log.read_bytes().splitlines(keepends=True)[: self.done] if log.exists() else []
-        try:
-            sound = all({"turn", "stage", "step"} <= json.loads(line).keys() for line in lines)
-        except (ValueError, AttributeError):
-            sound = False
-        if len(lines) < self.done or not sound:
-            mend = f"put the whole file back, or take out {path.name} to begin again"
-            raise InputError(f"{log}: shorter than when the state was saved, or damaged; {mend}")
-        replace_file(log, b"".join(lines))
+        replace_file(log, messages.first_units(log, self.done))
 
 
 def seed_unit(seed: int, turn: int, stage: str, step: int) -> random.Random:

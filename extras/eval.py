@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 import judge
-import rl
+from extras.sense import information, mean_logprobs
 from prompts import messages
 
 # Rows answered between two moves of the progress bar.
@@ -149,33 +149,6 @@ def add_sense(policy, rows: list[dict], records: list[dict]) -> None:
         record["fluency"] = record["about"] = None
     for i, one, other in zip(known, fluency, about):
         records[i]["fluency"], records[i]["about"] = one, other
-
-
-def mean_logprobs(policy, prompts: list[str], texts: list[str]) -> list[float]:
-    """The base model's mean log p of a text's tokens as the answer to a prompt."""
-    samples = []
-    for prompt, text in zip(prompts, texts):
-        asked = [{"role": "user", "content": prompt}]
-        start = policy.chat.encode(asked)
-        whole = policy.chat.encode([*asked, {"role": "assistant", "content": text}])
-        # Short of its last token where that one has merged with the answer's first.
-        at = next((i for i, (a, b) in enumerate(zip(start, whole)) if a != b), len(start))
-        samples.append(rl.Sample(whole[:at], whole[at:], text, ended=True))
-    policy.with_memory(lambda: rl.score(policy, None, samples, "reference", 1.0))
-    return [s.reference.mean().item() for s in samples]
-
-
-def information(policy, seeds: list[str], texts: list[str]) -> list[float]:
-    """Pointwise mutual information per token of answers with their seeds, in nats.
-
-    The other seed of each is the next one that differs.
-    """
-    others = [
-        next((s for s in [*seeds[i + 1 :], *seeds[:i]] if s != seed), "")
-        for i, seed in enumerate(seeds)
-    ]
-    own, other = (mean_logprobs(policy, given, texts) for given in (seeds, others))
-    return [a - b for a, b in zip(own, other)]
 
 
 def on_topic_from(policy, rows: list[dict], cfg) -> float | None:

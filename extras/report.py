@@ -106,7 +106,8 @@ def proposals(run, done: dict) -> dict:
 def answers(run, done: dict) -> dict:
     """A Follower's step."""
     samples = [s for group in done["groups"] for s in group]
-    return step(run, done) | {"missing": sum(s.reward is None for s in samples) / len(samples)}
+    row = step(run, done) | {"missing": sum(s.reward is None for s in samples) / len(samples)}
+    return row | {"gated": sum(bool(s.reason) for s in samples) / len(samples)}
 
 
 def step(run, done: dict) -> dict:
@@ -155,6 +156,8 @@ def tell_if_idle(run, samples: list, done: dict) -> None:
 
 def why_nothing(cfg, stage: str, sample, reward: float | None) -> str:
     """What a reward is due to, and what to change; `sample` is an answer or a bad proposal."""
+    if sample.reason and stage == "follower":
+        return f"{sample.reason}; lower --intent-gate"
     if sample.reason:
         mend = "try more --shots, another --filter, or a larger --model"
         return f"{sample.reason}; {'raise it' if '--' in sample.reason else mend}"

@@ -72,6 +72,19 @@ def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:
     return rows
 
 
+def first_units(path: Path, count: int) -> bytes:
+    """The first `count` lines of a run's log; InputError where there are fewer, or damaged ones."""
+    lines = path.read_bytes().splitlines(keepends=True)[:count] if path.exists() else []
+    try:
+        sound = all({"turn", "stage", "step"} <= json.loads(line).keys() for line in lines)
+    except (ValueError, AttributeError):
+        sound = False
+    if len(lines) < count or not sound:
+        mend = "put the whole file back, or take out state.pt to begin again"
+        raise InputError(f"{path}: shorter than when the state was saved, or damaged; {mend}")
+    return b"".join(lines)
+
+
 def whole_text(value):
     """JSON with lone surrogates, which no tokenizer takes, replaced: "\\ud83d" -> "\\ufffd"."""
     text = json.dumps(value, ensure_ascii=False)

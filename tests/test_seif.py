@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import signal
+import statistics
 import types
 from collections import Counter
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import judge
 import rl
 import seif
 from extras import eval as evaluation
-from extras import report, smollm2
+from extras import report, sense, smollm2
 from prompts import chat, messages
 
 ONE_STEP = dict(turns=1, instructor_steps="1", follower_steps="1")
@@ -443,6 +444,38 @@ def test_whoever_replaces_ask_is_tried_and_asked(setup, tmp_path, monkeypatch):
     assert tried["judger"]["cases"] > 0 and tried["filter"]["auc"] is not None
 
 
+def test_the_gate_pays_nothing_for_answers_that_are_not_about_their_seed(
+    setup, tmp_path, monkeypatch
+):
+    """Information by the first letter: half of the frozen Follower's answers lie below the gate."""
+    seen = []
+
+    def information(policy, seeds, texts):
+        values = [float(ord(text[0])) for text in texts]
+        seen.append(values)
+        return values
+
+    monkeypatch.setattr(sense, "information", information)
+    plain = dict(ONE_STEP, follower_steps="3")
+    assert seif.main(setup("open", **plain)) == 0
+    assert not seen
+    assert seif.main(setup("run", **plain, intent_gate=0.5)) == 0
+    own, *steps = seen
+    least = statistics.median(own)
+    rows = [
+        [r for r in rows_of(tmp_path / run / "log.jsonl") if r["stage"] == "follower"]
+        for run in ("open", "run")
+    ]
+    assert [r["gated"] for r in rows[0]] == [0, 0, 0] and sum(r["gated"] for r in rows[1]) > 0
+    assert [round(8 * r["gated"]) for r in rows[1]] == [
+        sum(value <= least for value in values) for values in steps
+    ]
+    # The same samples in the first step, so what is not paid is the gate's doing.
+    assert rows[1][0]["reward"] < rows[0][0]["reward"]
+    monkeypatch.setattr(rl, "extra", lambda name: None)
+    assert seif.main(setup("alone", **plain, intent_gate=0.5)) == 2
+
+
 def test_where_rules_decide_all_no_model_is_asked(setup, tmp_path, monkeypatch):
     """Not even for a constraint that a rule knows and cannot decide."""
     monkeypatch.setattr(rl.Policy, "yes_probability", None)
@@ -706,6 +739,7 @@ def test_sense_by_hand(monkeypatch):
         return [len(words(p) & words(t)) - 2.0 * len(words(t)) for p, t in zip(prompts, texts)]
 
     monkeypatch.setattr(evaluation, "mean_logprobs", fake)
+    monkeypatch.setattr(sense, "mean_logprobs", fake)
     rows = [
         dict(seed="Why is glass clear?", prompt="Why is glass clear?\nUse no commas."),
         dict(seed="How do bees fly?", prompt="How do bees fly?\nSay less."),
