@@ -26,11 +26,11 @@ from extras.sense import information, mean_logprobs
 from prompts import messages
 
 # Rows answered between two moves of the progress bar.
-CHUNK = 64
+CHUNK = 128
 # The share of the base model's own free answers that count as being about their question.
 ON_TOPIC = 0.95
 # Free answers that the threshold is taken from, at most.
-FREE_ANSWERS = 128
+FREE_ANSWERS = 64
 
 
 def _counts(records: list[dict], level: str) -> np.ndarray:
@@ -123,25 +123,26 @@ def answers(policy, role: str | None, prompts: list[str], cfg) -> tuple[list, li
     return samples, [judge.extract_answer(s.text, cfg.think) or s.text for s in samples]
 
 
-def evaluate(policy, role: str | None, rows: list[dict], cfg, least: float | None = None) -> tuple:
+def evaluate(policy, role, rows: list[dict], cfg, least=None, most: int | None = None) -> tuple:
     """Greedy answers to IFEval rows: (accuracies and sense, a record per row).
 
-    least: the mutual information of an answer that is about its question, on_topic_from().
+    role: whose answers, None: the base model's; least: the mutual information of an answer that is
+    about its question, on_topic_from(); most: rows whose sense is measured.
     """
     samples, texts = answers(policy, role, [row["prompt"] for row in rows], cfg)
     records = [judged(row, text) for row, text in zip(rows, texts)]
     for record, sample in zip(records, samples):
         record["tokens"] = len(sample.tokens)
-    add_sense(policy, rows, records)
+    add_sense(policy, rows, records, most)
     figures = {"rows": len(rows), "truncated": sum(not s.ended for s in samples) / len(rows)}
     figures["length"] = sum(r["tokens"] for r in records) / len(records)
-    return figures | accuracy(records) | sense(records, least), records
+    return figures | accuracy(records) | sense(records[:most], least), records
 
 
-def add_sense(policy, rows: list[dict], records: list[dict]) -> None:
-    """Each record's "fluency" and "about", None where a row names no seed or there is no answer."""
-    seeds = [row.get("seed") for row in rows]
-    known = [i for i, r in enumerate(records) if seeds[i] and r["response"].strip()]
+def add_sense(policy, rows: list[dict], records: list[dict], most: int | None = None) -> None:
+    """The first records' "fluency" and "about"; None where there is no seed, or no answer."""
+    seeds = [row.get("seed") for row in rows[:most]]
+    known = [i for i, seed in enumerate(seeds) if seed and records[i]["response"].strip()]
     texts = [records[i]["response"] for i in known]
     fluency = mean_logprobs(policy, [rows[i]["prompt"] for i in known], texts)
     about = information(policy, [seeds[i] for i in known], texts)

@@ -19,6 +19,8 @@ from prompts import messages
 
 # Samples of each turn and stage in samples.md: the last ones.
 SAMPLES = 6
+# Held-out answers whose sense is measured each turn: three passes over each of them.
+SENSE_ROWS = 120
 
 
 def show(run, done: dict) -> dict:
@@ -220,7 +222,8 @@ def turn_end(run, done: dict) -> dict:
 
 def measure(run, role: str | None, path: Path, least: float | None) -> dict:
     """A policy's figures on the held-out rows, its answers in `path`, and on the trip wires."""
-    result, records = evaluation.evaluate(run.policy, role, run.heldout, run.cfg, least)
+    given = run.policy, role, run.heldout, run.cfg, least
+    result, records = evaluation.evaluate(*given, most=SENSE_ROWS)
     evaluation.write_rows(path, records)
     if least is None:
         return result

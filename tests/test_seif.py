@@ -754,6 +754,9 @@ def test_sense_by_hand(monkeypatch):
     assert [evaluation.on_topic(r, 1.0) for r in records] == [True, False, None, False]
     assert evaluation.sense(records, 1.0) == {"fluency": -3.5, "about": 1 / 3}
     assert evaluation.tripped(records, 1.0) == 0.5
+    few = [dict(r) for r in records]
+    evaluation.add_sense(None, rows, few, most=1)
+    assert [r["fluency"] for r in few] == [-2.0, None, None, None] and few[0] == records[0]
     records[1]["strict"] = [False]
     assert evaluation.tripped(records, 1.0) == 0.25
     other = [r | {"fluency": f} for r, f in zip(records, (-3.0, -7.0, None, -1.0))]
