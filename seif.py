@@ -434,7 +434,7 @@ class Run:
         # Templates that tell the date keep telling it, after midnight and when resumed.
         self.policy.chat.today = begun
         self.seeds = self._usable(seeds)
-        self.digest = hashlib.sha256("\n".join(self.seeds).encode()).hexdigest()
+        self.digest = messages.digest(self.seeds, cfg.init_follower)
         self.optimizers = {}
         for role in ("instructor", "follower"):
             self.start(role, role)
@@ -600,7 +600,7 @@ class Run:
                 self.judger = judge.Ranking(**state["judger"])
                 self.filter = judge.Ranking(**state["filter"])
                 if state["seeds"] != self.digest:
-                    raise ValueError("the seeds are not those that it began with")
+                    raise ValueError("it began with other seeds, or another adapter")
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
                 mend = "take it out to begin again"

@@ -220,9 +220,7 @@ class Bench:
         draw = random.Random(0)
         limits = [max(1, min(128, round(draw.lognormvariate(3.7, 0.7)))) for _ in range(32 * GROUP)]
         uniform = draws(len(prompts), GROUP, max(limits))
-        work = torch.no_grad()(
-            lambda: packing.Sampler(self.engine, prompts, uniform, 1.0, limits).run()
-        )
+        work = lambda: self.engine.sample(prompts, uniform, 1.0, limits)
         if plain:
             flat = [p for p in prompts for _ in range(GROUP)]
             work = lambda: [

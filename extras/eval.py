@@ -238,6 +238,10 @@ def open_run(seif, folder: str, turn: int = 0) -> tuple:
         ) from error
     adapters = Path(folder).glob("turn[0-9]*/follower/adapter_model.safetensors")
     done = [int(path.parent.parent.name[4:]) for path in adapters]
+    if (log := Path(folder) / "log.jsonl").exists():
+        # A run that begins again has turns of before in its folder, until it comes to them.
+        ends = {row["turn"] for _, row in messages.read_jsonl(log) if row["stage"] == "evaluation"}
+        done = [turn for turn in done if turn in ends]
     turn = turn or max(done, default=1)
     if turn not in done:
         mend = f"let python seif.py --out {folder} finish it"

@@ -11,6 +11,8 @@ step's tokens. Values and gradients are the plain engine's (tests), only the tim
 here knows of adapters or roles.
 """
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -540,7 +542,7 @@ class Sampler:
         self.active[slot : slot + 1], self.held[slot : slot + 1] = [sample], [len(columns)]
         self.sample[slot], self.count[slot], self.token[slot] = sample, 1, token.clamp_min(0)
         self.out[sample, 0] = token
-        self.over[sample] = torch.isin(token, self.eos) | (self.limit[sample] <= 1)
+        self.over[sample] = self._ends(token) | (self.limit[sample] <= 1)
         return True
 
     def _make_room(self, like: RowCache) -> None:
@@ -555,7 +557,9 @@ class Sampler:
         self.sample.fill_(self.nobody)
         state = [self.token, self.sample, self.count, self.out, self.over, self.cache.length]
         if self.engine.record:
-            self.replayed = cuda.Replayed(self._step, state, self.engine.record)
+            # Weakly: in a circle with its recordings a batch would outlive its rollout.
+            step = weakref.WeakMethod(self._step)
+            self.replayed = cuda.Replayed(lambda *size: step()(*size), state, self.engine.record)
 
     def next_logits(self, n: int, width: int) -> Tensor:
         """(n, V) of the next token of the first n slots; their last ones enter the cache."""
@@ -592,7 +596,11 @@ class Sampler:
         self.out[sample, count] = token
         self.token[:n] = token.clamp_min(0)
         count += 1
-        self.over[sample] |= torch.isin(token, self.eos) | (count >= self.limit[sample])
+        self.over[sample] |= self._ends(token) | (count >= self.limit[sample])
+
+    def _ends(self, token: Tensor) -> Tensor:
+        # Not torch.isin, which on a GPU waits for the device where there are many.
+        return (token[..., None] == self.eos).any(-1)
 
     def retire(self) -> None:
         """Replace the finished samples by waiting ones, else by the last active ones."""
@@ -644,7 +652,7 @@ class PackedEngine:
         self.cuda = self.device.type == "cuda"
         self.slots, self.activation_mib = slots or SLOTS[self.device.type], activation_mib
         # How a step of sampling is recorded, to be replayed; None: it is not.
-        self.record = cuda.record if self.cuda and graphs else None
+        self.record = cuda.record if self.cuda and graphs and cuda.ABLE else None
         self.decoder, self.config = model.get_decoder(), model.config.get_text_config(decoder=True)
         cap = getattr(self.config, "final_logit_softcapping", None)
         self.head = Head(model.get_output_embeddings(), cap)
@@ -659,12 +667,18 @@ class PackedEngine:
     # -------------------------------------------- the three methods
 
     @torch.no_grad()
-    def sample(self, prompts: list, uniform: Tensor, temperature: float) -> list[list[list[int]]]:
-        """As rl.PlainEngine.sample, many at a time; rows may run on past their EOS."""
+    def sample(self, prompts: list, uniform: Tensor, temperature: float, limits=None) -> list:
+        """As rl.PlainEngine.sample, many at a time; rows may run on past their EOS.
+
+        limits: the most tokens of each sample, if not the same for all.
+        """
         trim()
+        if not self.since_full:
+            # What an out-of-memory has left in circles.
+            gc.collect()
         self._recover()
         with cuda.unpacked(self.model, self.free_bytes()) if self.cuda else nullcontext():
-            rows = Sampler(self, prompts, uniform, temperature).run()
+            rows = Sampler(self, prompts, uniform, temperature, limits).run()
         n = uniform.shape[1]
         return [rows[i : i + n] for i in range(0, len(rows), n)]
 

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
@@ -28,14 +29,15 @@ def show(run, done: dict) -> dict:
     stage = run.unit["stage"]
     kinds = {"instructor": proposals, "follower": answers, "questions": questions}
     kinds |= {"qualification": qualified, "evaluation": turn_end}
-    row = kinds[stage](run, done) | {"seconds": dict(done["seconds"])}
+    row = run.unit | kinds[stage](run, done) | {"seconds": dict(done["seconds"])}
     path, now = run.folder / "log.jsonl", {"wall": time.time() - run.unit_start}
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     log = [json.loads(line) for line in lines if line]
-    run.bar.set_postfix_str(f"{minutes_left(run, [*log, run.unit | now])}, {bar_text(row)}")
+    run.bar.set_postfix_str(f"{minutes_left(run, [*log, row | now])}, {bar_text(row)}")
+    if "groups" in done:
+        tell_if_idle(run, done, [*log, row])
     if stage == "evaluation":
-        last = run.unit | row | now
-        run.bar.write(turn_table([*log, json.loads(messages.json_lines([last]))]))
+        run.bar.write(turn_table([*log, json.loads(messages.json_lines([row | now]))]))
         if run.heldout:
             run.bar.write(learned(run.folder, run.unit["turn"]))
         write_samples(run.folder, log)
@@ -115,7 +117,6 @@ def answers(run, done: dict) -> dict:
 def step(run, done: dict) -> dict:
     """What answers "is it training?", the same for both stages."""
     samples = [s for group in done["groups"] for s in group]
-    tell_if_idle(run, samples, done)
     rewards = [s.reward for s in samples if s.reward is not None] or [math.nan]
     others = [a for a, _ in done["answers"]] if run.unit["stage"] == "instructor" else []
     tokens, cuda = sum(len(s.tokens) for s in samples), torch.cuda.is_available()
@@ -134,26 +135,25 @@ def step(run, done: dict) -> dict:
     }
 
 
-# Stage -> steps in a row whose rewards all tied.
-IDLE: Counter = Counter()
+# Steps in a row without an update that are said aloud; so is a whole stage of fewer.
 MOST_IDLE = 3
 
 
-def tell_if_idle(run, samples: list, done: dict) -> None:
-    """Steps in a row with nothing to learn from, or a whole stage of them: the commonest reason."""
-    (turn, stage, number), metrics = run.unit.values(), done["metrics"]
-    if (turn, number) == (1, 0):
-        IDLE.clear()
-    IDLE[stage] = 0 if metrics["updates"] or metrics["skipped"] else IDLE[stage] + 1
-    last = number == run.steps(turn, stage) - 1
-    if IDLE[stage] == MOST_IDLE or (last and number < IDLE[stage] < MOST_IDLE):
+def tell_if_idle(run, done: dict, rows: list[dict]) -> None:
+    """Steps in a row with nothing to learn from: the commonest reason. rows: the log's so far."""
+    turn, stage, number = run.unit.values()
+    mine = [row for row in rows if (row["turn"], row["stage"]) == (turn, stage)]
+    idle = len([*takewhile(lambda row: not row["updates"] + row["skipped"], reversed(mine))])
+    whole = idle == run.steps(turn, stage) < MOST_IDLE
+    if idle == MOST_IDLE or whole:
+        samples = [s for group in done["groups"] for s in group]
         # A valid proposal is paid for the frozen Follower's answer to it.
         paid = [(s, s.reward) for s in samples if stage == "follower" or s.reason]
         paid += done["answers"] if stage == "instructor" else []
         reasons = Counter(why_nothing(run.cfg, stage, *one) for one in paid)
         reason, count = reasons.most_common(1)[0]
         share = f"{count / len(samples):.0%} of the samples: {reason}"
-        tqdm.write(f"{stage}: {IDLE[stage]} steps in a row with nothing to learn from; {share}")
+        tqdm.write(f"{stage}: {idle} steps in a row with nothing to learn from; {share}")
 
 
 def why_nothing(cfg, stage: str, sample, reward: float | None) -> str:
@@ -185,8 +185,9 @@ def qualified(run, done: dict) -> dict:
         follows = ("believed", "believed all the same, as was asked")
     say("Judger", run.judger, *follows)
     if run.cfg.filter == "llm":
-        alone = f"proposals are filtered by {run.filter_mode} alone"
-        say("Filter", run.filter, "believed" if run.filter_mode == "llm" else alone, alone)
+        say("Filter", run.filter, "believed", "not believed")
+    if run.filter_mode != run.cfg.filter:
+        tqdm.write(f"proposals are filtered by {run.filter_mode} alone")
     return {"judger": done["judger"], "filter": done["filter"]}
 
 

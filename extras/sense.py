@@ -7,6 +7,7 @@ count as sense. After IFDecorator's intent check (arXiv 2508.04632), which asks 
 """
 
 import numpy as np
+from tqdm import tqdm
 
 import judge
 import rl
@@ -54,7 +55,8 @@ def least_intent(run, turn: int) -> float:
         groups = run.policy.sample(prompts, 1, cfg.max_new_tokens, 0.0)
     texts = [judge.extract_answer(s.text, cfg.think) or s.text for (s,) in groups]
     pairs = [(q.seed, text) for q, text in zip(questions, texts) if text.strip()]
-    if len({seed for seed, _ in pairs}) < 2:
+    if not pairs:
+        tqdm.write("intent gate: open this turn, the frozen Follower's answers are all empty")
         return -np.inf
     return float(np.quantile(information(run.policy, *map(list, zip(*pairs))), cfg.intent_gate))
 
@@ -64,9 +66,12 @@ def gate(run, turn: int, samples: list) -> None:
     if turn not in run.least:
         run.least = {turn: least_intent(run, turn)}
     paid = [s for s in samples if s.reward]
-    if len({s.question.seed for s in paid}) < 2:
+    if not paid:
         return
-    about = information(run.policy, [s.question.seed for s in paid], [s.answer for s in paid])
+    seeds, texts = [s.question.seed for s in paid], [s.answer for s in paid]
+    # Where all that are paid share a seed, the other one is from elsewhere in q_T.
+    spare = next((q.seed for q in run.questions(turn) if q.seed != seeds[0]), "")
+    about = information(run.policy, [*seeds, spare], [*texts, texts[0]])
     for sample, value in zip(paid, about):
         if value <= run.least[turn]:
             sample.reward, sample.reason = 0.0, "not about its question"

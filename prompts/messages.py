@@ -6,6 +6,7 @@ answer. The wording is in the .txt files beside this one.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -85,6 +86,13 @@ def first_units(path: Path, count: int) -> bytes:
     return b"".join(lines)
 
 
+def digest(seeds: list[str], adapter: str) -> str:
+    """Of what a run begins with: its seeds, and the folder of the adapter that it starts from."""
+    weights = Path(adapter, "adapter_model.safetensors")
+    start = weights.read_bytes() if adapter and weights.exists() else b""
+    return hashlib.sha256("\n".join(seeds).encode() + start).hexdigest()
+
+
 def whole_text(value):
     """JSON with lone surrogates, which no tokenizer takes, replaced: "\\ud83d" -> "\\ufffd"."""
     text = json.dumps(value, ensure_ascii=False)
@@ -151,6 +159,8 @@ def _seed_rows(path: Path) -> list[tuple[int, dict]]:
         return _parquet_rows(path)
     text = read_text(path)
     lines = text.split("\n")
+    if re.match(r"\s*\[\s*\{", text):
+        raise InputError(f"{path}, line 1: a JSON array; give JSON lines, an object a line")
     if any(line.lstrip().startswith("{") for line in lines):
         return read_jsonl(path)
     csv.field_size_limit(len(text) + 1)
@@ -165,11 +175,14 @@ def _seed_rows(path: Path) -> list[tuple[int, dict]]:
 
 def _csv_rows(path: Path, text: str, comma: str) -> list[tuple[int, dict]]:
     """(line number, row) of every row; none where no column of this delimiter holds a seed."""
-    rows, table = csv.reader(io.StringIO(text), delimiter=comma), []
+    header = next(csv.reader(io.StringIO(text), delimiter=comma), [])
+    columns, table = [name.strip().lower() for name in header], []
+    if not set(SEED_COLUMNS) & set(columns):
+        return []
+    # Strict: a quote that is opened and not closed would else join what follows to one text.
+    rows = csv.reader(io.StringIO(text), delimiter=comma, strict=True)
     try:
-        columns = [name.strip().lower() for name in next(rows, [])]
-        if not set(SEED_COLUMNS) & set(columns):
-            return []
+        next(rows)
         for row in rows:
             if len(row) > len(columns):
                 extra = f"{len(row)} cells under {len(columns)} columns"

@@ -475,6 +475,10 @@ def test_seed_files_are_told_apart_by_content(tmp_path, content, seeds, ending):
         ("a.csv", "id,prompt\n1,x\n2,y, z\n", "a.csv, line 3: 3 cells under 2 columns; quote"),
         ("a.txt", "prompt;id\nx;1;2\n", "a.txt, line 2: 3 cells under 2 columns; quote"),
         ("a.csv", "id,text\n1,x\n", 'a.csv, line 1: needs a column "prompt"'),
+        ("a.txt", 'prompt\n"Hello, he said\nWhat is up?\n', "a.txt, line 3: not CSV"),
+        ("a.csv", 'prompt\n"To be" or not?\nx\n', "a.csv, line 2: not CSV"),
+        ("a.json", '[{"prompt": "a"}, {"prompt": "b"}]', "a.json, line 1: a JSON array; give"),
+        ("a.json", '[\n  {"prompt": "a"}\n]', "a.json, line 1: a JSON array; give"),
         ("a.TSV", "1\tx\n", 'a.TSV, line 1: needs a column "prompt"'),
     ],
 )

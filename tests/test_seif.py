@@ -324,7 +324,7 @@ def test_a_finished_run_trains_no_more_and_more_turns_go_on(setup, finished, tmp
     assert "heldout_base.jsonl measures other rows" in error(capsys, setup("run", turns=3))
     (tmp_path / "heldout.jsonl").write_text(kept)
     (tmp_path / "seeds.txt").write_text("Say hi.\nName a fruit.\nCount to ten.\nSing.\n")
-    assert "the seeds are not those that it began with" in error(capsys, setup("run", turns=3))
+    assert "it began with other seeds, or another adapter" in error(capsys, setup("run", turns=3))
 
 
 # ------------------------------------------------------------------------------ roles, rewards
@@ -432,16 +432,23 @@ def test_why_nothing_is_learned_names_what_to_change(stage, sample, reward, says
 
 def test_whoever_replaces_ask_is_tried_and_asked(setup, tmp_path, monkeypatch):
     """An API model as Judger and Filter: the local one is not asked at all."""
-    knows = lambda text: float("commas" in text)
+    asked = []
 
     def ask(run, prompts):
-        return [knows(p[-1]["content"]) for p in prompts]
+        asked.extend(p[-1]["content"] for p in prompts)
+        return [0.9] * len(prompts)
 
     monkeypatch.setattr(seif.Run, "ask", ask)
+    monkeypatch.setattr(judge, "TRUSTED_AUC", -1.0)
     monkeypatch.setattr(rl.Policy, "yes_probability", None)
-    assert seif.main(setup("run", **ONE_STEP, hard_share=0.5, filter="llm")) == 0
+    more = dict(hard_share=0.5, filter="llm", judge="llm")
+    assert seif.main(setup("run", **ONE_STEP, **more)) == 0
     tried, *_ = rows_of(tmp_path / "run" / "log.jsonl")
-    assert tried["judger"]["cases"] > 0 and tried["filter"]["auc"] is not None
+    assert tried["judger"]["cases"] > 0 and tried["filter"]["auc"] == 0.5
+    judged = [t for t in asked if t.startswith(messages.prompt_text("judger"))]
+    filtered = [t for t in asked if t.startswith(messages.prompt_text("filter"))]
+    # Beyond the trials: of the run's own seeds and of soft constraints.
+    assert any("Count to three." in t for t in filtered) and len(judged) > tried["judger"]["cases"]
 
 
 def test_the_gate_pays_nothing_for_answers_that_are_not_about_their_seed(
