@@ -40,6 +40,7 @@ import filelock
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import judge
@@ -472,8 +473,7 @@ class Run:
         messages.check_limits(cfg, encode, self.asks_a_model, self.policy.model.config)
         usable = [s for s, p in zip(seeds, prompts) if len(p) <= cfg.max_prompt_tokens * 3 // 4]
         if not usable:
-            limit = f"3/4 of --max-prompt-tokens {cfg.max_prompt_tokens}; raise it"
-            raise InputError(f"{cfg.seeds}: all {len(seeds)} seeds exceed {limit}")
+            raise InputError(f"{cfg.seeds}: all {len(seeds)} too long; raise --max-prompt-tokens")
         return usable
 
     def left(self, turn: int, stage: str, steps: int) -> Iterator[int]:
@@ -582,7 +582,7 @@ class Run:
         state |= dict(adapters=adapters, optimizers=optimizers)
         # By way of memory: on a full disk torch's own writer raises what is no OSError.
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), state), buffer)
         replace_file(self.folder / "state.pt", buffer.getvalue())
         self.saved = time.time()
 

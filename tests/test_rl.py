@@ -125,7 +125,7 @@ def test_a_layer_adds_the_scaled_low_rank_update(folders):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_layer_of_the_decoder_is_adapted_or_counted_as_left_out(folders, kind):
-    policy = rl.load(folders(kind), bits=16)
+    policy = load_cpu(folders(kind))
     base = transformers.AutoModelForCausalLM.from_pretrained(folders(kind))
     linear = {n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
     stacked = {n for n, p in base.named_parameters() if p.dim() == 3}
@@ -136,7 +136,7 @@ def test_every_linear_layer_of_the_decoder_is_adapted_or_counted_as_left_out(fol
 
 
 def test_what_lora_leaves_out_is_said_with_its_share(folders, capsys):
-    policy = rl.load(folders("qwen3-moe"), bits=16)
+    policy = load_cpu(folders("qwen3-moe"))
     adapted = sum(p.numel() for layer in policy.lora.values() for p in layer.base.parameters())
     left = sum(policy.left_out.values())
     assert (
@@ -508,7 +508,7 @@ def test_a_large_gradient_is_scaled_down_and_the_metrics_tell_its_size(folders):
     metrics = rl.grpo_step(policy, "follower", None, groups_for(policy), recorder, config(kl=0))
     norm = torch.cat([g.flatten() for g in recorder.seen[0]]).norm().item()
     assert norm == pytest.approx(min(1.0, metrics["grad_norm"]), rel=1e-3) and norm > 0
-    assert metrics["kl"] == 0 and metrics["entropy"] > 0 and metrics["tied"] == 0
+    assert "kl" not in metrics and metrics["entropy"] > 0 and metrics["tied"] == 0
 
 
 def test_kl_pulls_back_to_the_reference(policy):
@@ -969,7 +969,8 @@ def test_merged_by_peft_an_adapter_gives_the_same_logits(folders, tmp_path):
     randomise(policy, "follower")
     policy.save("follower", tmp_path)
     base = transformers.AutoModelForCausalLM.from_pretrained(folders("llama"), dtype=torch.float32)
-    merged = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    read = peft.PeftModel.from_pretrained(base, tmp_path, torch_device="cpu")
+    merged = read.merge_and_unload()
     ids = torch.arange(30)[None]
     with torch.no_grad(), policy.using("follower"):
         torch.testing.assert_close(policy.model(ids).logits, merged(ids).logits, rtol=0, atol=1e-4)

@@ -643,7 +643,7 @@ FILES = [
     ("seeds", b'{"prompt": "a"}\n{"prompt"\n', "seeds.bad, line 2: not JSON"),
     ("seeds", b'{"prompt": "a"}\n\n{"text": "b"}\n', "seeds.bad, line 3: needs a text"),
     ("seeds", b'{"prompt": "a"}\n[1]\n', "seeds.bad, line 2: a JSON object is needed"),
-    ("seeds", b"word " * 3000, "seeds.bad: all 1 seeds exceed"),
+    ("seeds", b"word " * 3000, "seeds.bad: all 1 too long; raise --max-prompt-tokens"),
     ("heldout", None, "heldout.bad: cannot be read"),
     ("heldout", b"\n", "heldout.bad: no rows"),
     ("heldout", b'{"prompt": "a"}\n', "heldout.bad, line 1: needs prompt"),
