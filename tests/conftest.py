@@ -3,6 +3,10 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
+# Tiny models have nothing to share among threads; the suite runs in two processes instead.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,6 +16,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import judge
 import rl
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite takes two processes, where pytest-xdist is there to run them."""
+    whole = all(Path(name).is_dir() for name in config.args) and not config.option.keyword
+    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = 0 if config.option.usepdb else 2
+
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
