@@ -128,8 +128,7 @@ class Bench:
     def __init__(self, args):
         path = args.model or str(smollm2.folder())
         self.repeat, self.warmup = args.repeat, args.warmup
-        limits = dict(token_budget=args.token_budget, activation_mib=args.activation_mib)
-        limits |= dict(graphs=args.graphs)
+        limits = dict(token_budget=args.token_budget, graphs=args.graphs)
         self.policy = rl.load(path, args.bits, dtype=args.dtype, **limits)
         self.policy.add("follower")
         self.optimizer = torch.optim.AdamW(self.policy.tensors("follower").values(), lr=1e-4)
@@ -380,7 +379,6 @@ def read_arguments():
     parser.add_argument("--bits", type=int, default=4, choices=(4, 16))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--activation-mib", type=int, default=0)
     parser.add_argument("--token-budget", type=int, default=2048)
     how = dict(action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--graphs", help="on a GPU: replay the steps of sampling", **how)

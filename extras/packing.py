@@ -98,26 +98,23 @@ def pack(sequences: list[list[int]], budget: int, prefix: int = 0) -> Iterator[R
     So a row grows by one run of new tokens a sequence, with no work per token.
     """
     arrays = [np.asarray(s[prefix:], dtype=np.int64) for s in sequences]
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i])
-    start = 0
-    while start < len(order):
-        stop, size, last, shared = start, 0, arrays[order[start]][:0], []
-        while stop < len(order):
-            ids = arrays[order[stop]]
-            common = common_prefix(last, ids)
-            if stop > start and size + len(ids) - common > budget:
-                break
-            shared.append(common)
-            size, last, stop = size + len(ids) - common, ids, stop + 1
-        members = order[start:stop]
-        yield _lay_out([arrays[i] for i in members], shared, size, prefix, members)
-        start = stop
+    members, shared, size = [], [], 0
+    for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):
+        common = common_prefix(arrays[members[-1]], arrays[i]) if members else 0
+        if members and size + len(arrays[i]) - common > budget:
+            yield _lay_out(arrays, members, shared, size, prefix)
+            members, shared, size, common = [], [], 0, 0
+        members.append(i)
+        shared.append(common)
+        size += len(arrays[i]) - common
+    if members:
+        yield _lay_out(arrays, members, shared, size, prefix)
 
 
-def _lay_out(arrays: list, shared: list[int], size: int, prefix: int, members: list[int]) -> Row:
+def _lay_out(arrays: list, members: list[int], shared: list[int], size: int, prefix: int) -> Row:
     tokens, depth = np.empty(size, np.int64), np.empty(size, np.int64)
     runs, paths, path, at = [], [], np.empty(0, np.int64), 0
-    for ids, common in zip(arrays, shared):
+    for ids, common in zip([arrays[i] for i in members], shared):
         end = at + len(ids) - common
         tokens[at:end] = ids[common:]
         depth[at:end] = prefix + np.arange(common, len(ids))
@@ -167,22 +164,13 @@ class RowSight:
             self.masks[window] = self._additive(seen)
         return self.masks[window]
 
-    def _runs(self, window: int | None) -> list[tuple]:
-        """(start, end, columns, mask or None for plainly causal) of each run"""
-        if window not in self.runs:
-            self.runs[window] = [self._run(*run, window) for run in self.row.runs]
-        return self.runs[window]
-
     def _run(self, start: int, end: int, before: np.ndarray, window: int | None) -> tuple:
+        """(start, end, columns, mask or None for plainly causal)"""
         columns = np.concatenate([before, self.row.prefix + np.arange(start, end)])
-        here, there = (
-            self.depth[self.row.prefix + start : self.row.prefix + end],
-            self.depth[columns],
-        )
         mask = None
         if len(before) or (window and end - start > window):
             # Along one path, to be no deeper is to be seen.
-            distance = here[:, None] - there
+            distance = self.row.depth[start:end, None] - self.depth[columns]
             mask = self._additive((distance >= 0) & (distance < (window or len(columns) + 1)))
         straight = int(columns[-1]) == len(columns) - 1
         # A slice where one serves: no copy.
@@ -192,8 +180,10 @@ class RowSight:
         """query (1, H, L, D), key and value (1, h, P + L, D) -> (1, L, H, D)"""
         if not self.by_runs or bend:
             return masked(module, query, key, value, self._mask(window), scale, bend)
+        if window not in self.runs:
+            self.runs[window] = [self._run(*run, window) for run in self.row.runs]
         out = []
-        for start, end, columns, mask in self._runs(window):
+        for start, end, columns, mask in self.runs[window]:
             k, v = key[:, :, columns], value[:, :, columns]
             how = dict(is_causal=mask is None, scale=scale, enable_gqa=True)
             q = query[:, :, start:end]
@@ -254,7 +244,8 @@ def attention_after(shared, query, key, value, mask, scale) -> Tensor:
     # the products. (n, h, H / h, D): the queries of a key's head together.
     query = query.reshape(n, kv_heads, -1, dim)
     # (h, n * H / h, P) and (n * h, H / h, W)
-    far = product(query.transpose(0, 1).flatten(1, 2), shared_key.mT, scale)
+    rows = query.transpose(0, 1).flatten(1, 2)
+    far = torch.baddbmm(rows.new_empty(()), rows, shared_key.mT, beta=0, alpha=scale)
     near = torch.baddbmm(mask, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scale)
     near = near.unflatten(0, (n, kv_heads))
     scores = torch.cat([far.unflatten(1, (n, -1)).transpose(0, 1), near], -1)
@@ -262,11 +253,6 @@ def attention_after(shared, query, key, value, mask, scale) -> Tensor:
     far, near = scores.softmax(-1).split([far.shape[-1], near.shape[-1]], -1)
     far = (far.transpose(0, 1).flatten(1, 2) @ shared_value).unflatten(1, (n, -1)).transpose(0, 1)
     return (far + near @ value).reshape(n, 1, heads, dim)
-
-
-def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * a @ b of (n, L, D) and (n, D, M), in one kernel"""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def masked(module, query, key, value, mask, scale, bend: dict) -> Tensor:
@@ -292,9 +278,8 @@ def fuse_norms(model) -> None:
     for module in model.modules():
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not type(module).__name__.endswith("RMSNorm") or eps is None or weight is None:
-            continue
-        if weight.dtype != model.dtype:
+        named = type(module).__name__.endswith("RMSNorm")
+        if not named or eps is None or getattr(weight, "dtype", None) != model.dtype:
             continue
         fused = partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
         x = torch.linspace(-3, 3, 4 * len(weight)).view(4, -1).to(weight)
@@ -348,9 +333,7 @@ class SlotCache(Cache):
     def __init__(self, slots: int, columns: int, like: RowCache, device: torch.device):
         super().__init__(layers=[])
         # Zeros, not empty: a masked column still meets a weight of 0, and 0 * NaN is NaN.
-        fresh = lambda t: torch.zeros(
-            slots, t.shape[1], columns, t.shape[3], dtype=t.dtype, device=device
-        )
+        fresh = lambda t: t.new_zeros(slots, t.shape[1], columns, t.shape[3])
         self.kv = [(fresh(key), fresh(value)) for key, value in like.kv]
         self.slots, self.slot = slots, torch.arange(slots, device=device)
         # Tokens held, which is the next column; and the columns in use by the longest.
@@ -486,8 +469,8 @@ def aligned(columns: int) -> int:
 class Sampler:
     """The batch being decoded. Finished samples make room for waiting ones, then it shrinks.
 
-    Sample i * n + k is the k-th of prompt i. `active[s]` is the sample in slot s; the slots in
-    use are always the first ones, so that a step computes on views of the cache.
+    Sample i * n + k is the k-th of prompt i. `held` has an entry for each slot in use; these are
+    always the first ones, so that a step computes on views of the cache.
     """
 
     def __init__(self, engine, prompts: list, uniform: Tensor, temperature: float, limits=None):
@@ -505,14 +488,13 @@ class Sampler:
         self.longest = max(map(len, prompts)) + steps
         # Tokens that all prompts share and no slot holds, see attention_after.
         self.first = 0
-        self.active: list[int] = []
         # Tokens held per slot, known without asking the device.
         self.held: list[int] = []
         self.cache: SlotCache | None = None
         self.replayed: cuda.Replayed | None = None
         self.starts = self._starts(prompts)
-        while self.cache is None or len(self.active) < self.cache.slots:
-            if not self._begin(len(self.active)):
+        while self.cache is None or len(self.held) < self.cache.slots:
+            if not self._begin(len(self.held)):
                 break
 
     def _starts(self, prompts: list) -> Iterator[tuple]:
@@ -521,13 +503,12 @@ class Sampler:
             far = row.prefix >= SHARED_FROM and self.engine.window >= self.longest
             self.first = row.prefix if far else 0
             for i, path in zip(row.members, row.paths):
-                samples = range(i * self.n, (i + 1) * self.n)
                 logits = self.engine.head.logits(hidden[path[-1]]).repeat(self.n, 1)
-                draws = self.uniform[samples.start : samples.stop, 0]
+                draws = self.uniform[i * self.n : (i + 1) * self.n, 0]
                 tokens = pick(logits, draws, self.temperature)
                 columns = np.concatenate([np.arange(self.first, row.prefix), row.prefix + path])
                 columns = torch.from_numpy(columns).to(self.engine.device)
-                for sample, token in zip(samples, tokens):
+                for sample, token in enumerate(tokens, i * self.n):
                     yield sample, token, cache, columns
 
     def _begin(self, slot: int) -> bool:
@@ -539,7 +520,7 @@ class Sampler:
         if self.cache is None:
             self._make_room(prefilled)
         self.cache.fill(slot, prefilled, columns)
-        self.active[slot : slot + 1], self.held[slot : slot + 1] = [sample], [len(columns)]
+        self.held[slot : slot + 1] = [len(columns)]
         self.sample[slot], self.count[slot], self.token[slot] = sample, 1, token.clamp_min(0)
         self.out[sample, 0] = token
         self.over[sample] = self._ends(token) | (self.limit[sample] <= 1)
@@ -578,7 +559,7 @@ class Sampler:
 
     def sizes(self) -> tuple[int, int]:
         """Slots and columns that a step has to look at."""
-        return len(self.active), aligned(max(self.held) + 1)
+        return len(self.held), aligned(max(self.held) + 1)
 
     def step(self) -> None:
         """One token for every active sample; no value is read back from the device."""
@@ -604,33 +585,32 @@ class Sampler:
 
     def retire(self) -> None:
         """Replace the finished samples by waiting ones, else by the last active ones."""
-        over = self.over[self.sample[: len(self.active)]].tolist()
+        over = self.over[self.sample[: len(self.held)]].tolist()
         # From the back: a sample that moves forward has been looked at.
         for slot in reversed(range(len(over))):
             if not over[slot] or self._begin(slot):
                 continue
-            last = len(self.active) - 1
+            last = len(self.held) - 1
             if slot != last:
                 self.cache.move(last, slot, self.held[last])
                 for state in (self.sample, self.count, self.token):
                     state[slot] = state[last]
-                self.active[slot], self.held[slot] = self.active[last], self.held[last]
-            self.active.pop()
+                self.held[slot] = self.held[last]
             self.held.pop()
         if self.replayed:
             # A recording may serve more slots than are in use.
-            idle = slice(len(self.active), None)
+            idle = slice(len(self.held), None)
             self.sample[idle], self.count[idle], self.cache.length[idle] = self.nobody, 0, 0
 
-    def run(self) -> list[list[int]]:
+    def run(self) -> list[list[list[int]]]:
         """Decode all; a row a sample, which may run on past its end."""
-        while self.active:
+        while self.held:
             for _ in range(self.look):
                 self.step()
             self.retire()
         if self.replayed and self.replayed.off:
             self.engine.record = None
-        return self.out[:-1, : -self.look].tolist()
+        return self.out[:-1, : -self.look].unflatten(0, (-1, self.n)).tolist()
 
 
 # ------------------------------------------------------------------------------ the engine
@@ -644,13 +624,11 @@ def furthest(one: list[Tensor], other: list[Tensor]) -> float:
 class PackedEngine:
     """rl.PlainEngine's methods over packed rows of at most `token_budget` distinct tokens."""
 
-    def __init__(
-        self, model, layers, eos, token_budget=2048, slots=0, activation_mib=0, graphs=True
-    ):
+    def __init__(self, model, layers, eos, token_budget=2048, slots=0, graphs=True):
         self.model, self.layers, self.eos, self.token_budget = model, layers, eos, token_budget
         self.device, self.dtype = model.device, model.dtype
         self.cuda = self.device.type == "cuda"
-        self.slots, self.activation_mib = slots or SLOTS[self.device.type], activation_mib
+        self.slots = slots or SLOTS[self.device.type]
         # How a step of sampling is recorded, to be replayed; None: it is not.
         self.record = cuda.record if self.cuda and graphs and cuda.ABLE else None
         self.decoder, self.config = model.get_decoder(), model.config.get_text_config(decoder=True)
@@ -662,7 +640,7 @@ class PackedEngine:
         # place; and how many of the last layers are recomputed.
         self.window, self.recomputed, self.recompute_all = float("inf"), 0, False
         for place, layer in enumerate(reversed(layers), 1):
-            layer.forward = self._recomputing(layer.forward, place)
+            layer.forward = partial(self._recomputing, layer.forward, place)
 
     # -------------------------------------------- the three methods
 
@@ -678,20 +656,16 @@ class PackedEngine:
             gc.collect()
         self._recover()
         with cuda.unpacked(self.model, self.free_bytes()) if self.cuda else nullcontext():
-            rows = Sampler(self, prompts, uniform, temperature, limits).run()
-        n = uniform.shape[1]
-        return [rows[i : i + n] for i in range(0, len(rows), n)]
+            return Sampler(self, prompts, uniform, temperature, limits).run()
 
     def logprobs(self, pairs: list, temperature: float = 1.0) -> Iterator[tuple[list, list]]:
         """As rl.PlainEngine.logprobs, a packed row at a time."""
         trim()
         for row in pack([prompt + done[:-1] for prompt, done in pairs], self.token_budget):
             hidden = self._forward(row)
-            # The token at path position j predicts the one at j + 1: completions start at the
-            # prompt's last token.
-            starts, sizes = zip(*((len(pairs[i][0]) - 1, len(pairs[i][1])) for i in row.members))
-            spans = zip(row.paths, starts, sizes)
-            nodes = np.concatenate([path[start : start + size] for path, start, size in spans])
+            # Each token predicts the next, and a completion's last one is not in its path.
+            sizes = [len(pairs[i][1]) for i in row.members]
+            nodes = np.concatenate([path[len(path) - n :] for path, n in zip(row.paths, sizes)])
             targets = torch.tensor([t for i in row.members for t in pairs[i][1]], dtype=torch.long)
             at, to = torch.from_numpy(nodes).to(self.device), targets.to(self.device)
             flat = TokenLogProb.apply(hidden[at], self.head, to, temperature)
@@ -770,17 +744,12 @@ class PackedEngine:
         """What the keys and values of the samples being decoded may take."""
         return GPU_SHARE * self.free_bytes() if self.cuda else CPU_KV_MIB * 2**20
 
-    def _recomputing(self, forward, place: int):
-        """A layer's forward that keeps no activations if its place from the end says so."""
-
-        def run(*args, **kwargs):
-            """Takes the layer's place."""
-            if place <= self.recomputed:
-                how = dict(use_reentrant=False, preserve_rng_state=False)
-                return checkpoint(forward, *args, **how, **kwargs)
-            return forward(*args, **kwargs)
-
-        return run
+    def _recomputing(self, forward, place: int, /, *args, **kwargs):
+        """A layer's forward, which keeps no activations if its place from the end says so."""
+        if place <= self.recomputed:
+            how = dict(use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(forward, *args, **how, **kwargs)
+        return forward(*args, **kwargs)
 
     def _layers_to_recompute(self, tokens: int) -> int:
         """How many layers must drop their activations for a row of so many tokens to fit."""
@@ -789,13 +758,10 @@ class PackedEngine:
             return 0
         if self.recompute_all:
             return layers
-        limit = (self.activation_mib or CPU_ACTIVATION_MIB) * 2**20
-        if self.cuda and not self.activation_mib:
-            limit = GPU_SHARE * self.free_bytes()
+        limit = GPU_SHARE * self.free_bytes() if self.cuda else CPU_ACTIVATION_MIB * 2**20
         # Kept per token and layer, in vectors of the hidden and of the inner size: counted on a
-        # Llama by saved-tensor hooks.
-        inner = getattr(self.config, "intermediate_size", 4 * self.config.hidden_size)
-        inner = max(inner) if isinstance(inner, list) else inner
+        # Llama by saved-tensor hooks; where layers differ in it, the largest.
+        inner = np.max(getattr(self.config, "intermediate_size", 4 * self.config.hidden_size))
         kept = tokens * (9 * self.config.hidden_size + 4 * inner) * self.dtype.itemsize
         return layers - min(layers, int(limit / kept))
 
@@ -826,24 +792,18 @@ class PackedEngine:
     @torch.no_grad()
     def fault(self) -> str:
         """What is wrong with our logits, against the model itself under eager attention; or ""."""
-        kinds = set(getattr(self.config, "layer_types", None) or ()) - {
-            "full_attention",
-            "sliding_attention",
-        }
-        if kinds:
-            return f"layers of {', '.join(sorted(kinds))}"
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        if others := kinds - {"full_attention", "sliding_attention"}:
+            return f"layers of {', '.join(sorted(others))}"
         draw = np.random.default_rng(0).integers(5, min(200, self.config.vocab_size), 140).tolist()
         # Two that share enough to be read in one place, and branches that must not see each other.
         sequences = [draw[:134], draw[:130] + draw[134:]]
-        self.model.set_attn_implementation("eager")
         exact = [self._plain_logits(s) for s in sequences]
         # The other kernel that the model knows, to see how far rounding alone goes: in 16 bits it
         # grows with depth.
-        self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
-        rounded = [self._plain_logits(s) for s in sequences]
-        noise = furthest(exact, rounded)
+        other = "sdpa" if self.model._supports_sdpa else "eager"
+        noise = furthest(exact, [self._plain_logits(s, other) for s in sequences])
         fuse_norms(self.model)
-        self.model.set_attn_implementation("packed")
         ours = [torch.empty(0)] * 2
         WINDOWS.clear()
         BENDS.clear()
@@ -856,15 +816,12 @@ class PackedEngine:
         windows = {w for w in WINDOWS if w}
         self.window = 0 if BENDS else min(windows, default=self.window)
         declared = getattr(self.config, "sliding_window", None)
-        if "sliding_attention" in (getattr(self.config, "layer_types", None) or ()):
-            if declared not in windows:
-                return f"a window of {declared} that attention is not told of"
+        if "sliding_attention" in kinds and declared not in windows:
+            return f"a window of {declared} that attention is not told of"
         sampler = Sampler(self, sequences, torch.full((2, 1, 4), 0.5), 0.0)
-        for slot, sample in enumerate(sampler.active):
+        for slot, sample in enumerate(sampler.sample.tolist()):
             begun = sequences[sample] + [int(sampler.token[slot])]
-            self.model.set_attn_implementation("eager")
             exact.append(self._plain_logits(begun)[-1:])
-            self.model.set_attn_implementation("packed")
         ours += list(sampler.next_logits(*sampler.sizes()).split(1))
         largest = torch.cat(exact).abs().max().item()
         off, limit = furthest(ours, exact) / largest, TOLERANCE[self.dtype]
@@ -873,7 +830,10 @@ class PackedEngine:
         # A nan is off, too.
         return "" if off < limit else f"logits off by {off:.1%} of the largest"
 
-    def _plain_logits(self, ids: list[int]) -> Tensor:
-        """(T, V) in fp32, by the model as it is"""
+    def _plain_logits(self, ids: list[int], attention: str = "eager") -> Tensor:
+        """(T, V) in fp32, by the model under an attention of its own; ours is back afterwards."""
+        self.model.set_attn_implementation(attention)
         ids = torch.tensor([ids], device=self.device)
-        return self.model(ids, use_cache=False).logits[0].float()
+        logits = self.model(ids, use_cache=False).logits[0].float()
+        self.model.set_attn_implementation("packed")
+        return logits
