@@ -66,7 +66,7 @@ def code_filter(
         return "restates the seed"
     # "Do not use the forbidden words", which nobody can satisfy or break.
     sorts = "forbidden|key|following|specific|certain"
-    nameless = rf"(?:{sorts}) (?:key)?(?:words?|phrases?)(?!.*['\"`:\[])"
+    nameless = rf"(?:{sorts}) (?:key)?(?:words?|phrases?)(?!.*['\"`:\[‘’“”])"
     if any(re.search(nameless, c.lower()) for c in question.constraints):
         return "words not named"
     rules = [recognise(c) for c in question.constraints]

@@ -1,6 +1,7 @@
 """chat.py: `python seif.py chat RUN`, a conversation with the Follower."""
 
 import argparse
+import sys
 
 import judge
 from extras.eval import open_run
@@ -16,6 +17,10 @@ def main(argv: list[str], seif) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     args = parser.parse_args(argv)
+    if args.max_new_tokens < 1 or args.temperature < 0:
+        raise messages.InputError("--max-new-tokens is at least 1, --temperature at least 0")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     cfg, policy, turn = open_run(seif, args.run, args.turn)
     name = "base model" if args.base else f"Follower of turn {turn}"
     print(f"{name}; an empty line ends the conversation")
@@ -32,6 +37,10 @@ def main(argv: list[str], seif) -> None:
         asked = [t for t in turns if t["role"] != "assistant"]
         # The system line stands first, once; what an answer begins with, last.
         history += asked[-1:] if history else asked
+        held = len(policy.chat.encode(history + opening)) + args.max_new_tokens
+        if held > messages.context_of(policy.model.config):
+            print("the conversation has come to the end of the model's context; begin anew")
+            return
         with policy.using(None if args.base else "follower"):
             ((sample,),) = policy.sample(
                 [history + opening], 1, args.max_new_tokens, args.temperature

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ CHUNK = 128
 ON_TOPIC = 0.95
 # Free answers that the threshold is taken from, at most.
 FREE_ANSWERS = 64
+# What decides language constraints is not among the requirements.
+LANGUAGES = "" if find_spec("langdetect") else "; those on languages need pip install langdetect"
 
 
 def _counts(records: list[dict], level: str) -> np.ndarray:
@@ -92,6 +95,8 @@ def read_rows(path: str) -> list[dict]:
         ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
         if not isinstance(row.get("prompt"), str) or not isinstance(ids, list):
             raise messages.InputError(f"{place}: needs prompt, instruction_id_list and kwargs")
+        if not isinstance(row.get("seed", ""), (str, type(None))):
+            raise messages.InputError(f"{place}: seed must be the question as a text, or left out")
         if not isinstance(kwargs, list) or len(ids) != len(kwargs):
             raise messages.InputError(f"{place}: kwargs must list an object for each id")
         row["kwargs"] = [{} if given is None else given for given in kwargs]
@@ -113,10 +118,17 @@ def write_rows(path, rows: list[dict]) -> None:
 
 def answers(policy, role: str | None, prompts: list[str], cfg) -> tuple[list, list[str]]:
     """Greedy answers, under a bar: (samples, what is judged of them)"""
+    asked = [messages.follower_prompt(prompt, cfg.think) for prompt in prompts]
+    context = messages.context_of(policy.model.config)
+    longest = max((len(policy.chat.encode(a)) for a in asked), default=0) + cfg.max_new_tokens
+    if longest > context:
+        mend = "lower --max-new-tokens, or take out the longest"
+        needs = f"a row and its answer may need {longest} tokens of context, there are {context}"
+        raise messages.InputError(f"{needs}; {mend}")
     samples = []
     with policy.using(role), tqdm(total=len(prompts), desc="answers", leave=False) as bar:
         for at in range(0, len(prompts), CHUNK):
-            part = [messages.follower_prompt(p, cfg.think) for p in prompts[at : at + CHUNK]]
+            part = asked[at : at + CHUNK]
             samples += [s for (s,) in policy.sample(part, 1, cfg.max_new_tokens, 0.0)]
             bar.update(len(part))
     # An answer out of form is judged as it stands: a base model is not failed for its wrapping.
@@ -148,6 +160,8 @@ def add_sense(policy, rows: list[dict], records: list[dict], most: int | None = 
     about = information(policy, [seeds[i] for i in known], texts)
     for record in records:
         record["fluency"] = record["about"] = None
+    for record, row in zip(records, rows):
+        record["seeded"] = bool(row.get("seed"))
     for i, one, other in zip(known, fluency, about):
         records[i]["fluency"], records[i]["about"] = one, other
 
@@ -166,7 +180,8 @@ def on_topic_from(policy, rows: list[dict], cfg) -> float | None:
 
 def on_topic(record: dict, least: float | None) -> bool | None:
     """Whether an answer is about its question; an empty one is not."""
-    if least is None or (record["about"] is None and record["response"].strip()):
+    empty = not record["response"].strip() and record.get("seeded", True)
+    if least is None or (record["about"] is None and not empty):
         return None
     return record["about"] is not None and record["about"] > least
 
@@ -217,6 +232,8 @@ def report(name: str, result: dict, records: list[dict], limit: int) -> None:
         strict, loose = (result[f"{level}_{kind}"] for kind in ("strict", "loose"))
         print(f"  {level:11}  strict {strict:6.1%}   loose {loose:6.1%}")
     print("  {:11}  strict {:.1%} to {:.1%} (95 %)".format("interval", *interval(records)))
+    if left := sum(v is None for record in records for v in record["strict"]):
+        print(f"  {left} instructions cannot be decided and are left out{LANGUAGES}")
     if not math.isnan(result["fluency"] + result["about"]):
         told = f"log p {result['fluency']:.2f} a token, {result['about']:.0%} about their question"
         print(f"  {'sense':11}  {told}")
@@ -237,7 +254,8 @@ def open_run(seif, folder: str, turn: int = 0) -> tuple:
             f"{path}: not the settings of a run of seif.py ({error})"
         ) from error
     adapters = Path(folder).glob("turn[0-9]*/follower/adapter_model.safetensors")
-    done = [int(path.parent.parent.name[4:]) for path in adapters]
+    names = [path.parent.parent.name[4:] for path in adapters]
+    done = [int(name) for name in names if name.isdecimal()]
     if (log := Path(folder) / "log.jsonl").exists():
         # A run that begins again has turns of before in its folder, until it comes to them.
         ends = {row["turn"] for _, row in messages.read_jsonl(log) if row["stage"] == "evaluation"}
@@ -264,11 +282,15 @@ def main(argv: list[str], seif) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=0, help="default: the run's")
     parser.add_argument("--out", help='write {"prompt", "response"} lines for IFEval\'s script')
     args = parser.parse_args(argv)
+    if min(args.rows, args.max_new_tokens, args.turn) < 0 or (args.base and args.paired):
+        raise messages.InputError("numbers are not below 0; --base is a side of --paired")
+    if args.out and not Path(args.out).parent.is_dir():
+        raise messages.InputError(f"--out {args.out}: there is no such folder")
+    given = read_rows(args.data) if args.data else []
     cfg, policy, turn = open_run(seif, args.run, args.turn)
     cfg.max_new_tokens = args.max_new_tokens or cfg.max_new_tokens
-    rows = read_rows(args.data or cfg.heldout or messages.PROMPTS / "heldout.jsonl")[
-        : args.rows or None
-    ]
+    rows = given or read_rows(cfg.heldout or messages.PROMPTS / "heldout.jsonl")
+    rows = rows[: args.rows or None]
     begun = "base" if cfg.init_follower else None
     if args.paired and begun:
         policy.load_adapter(begun, cfg.init_follower)

@@ -16,6 +16,8 @@ def main(argv: list[str], *_) -> None:
     parser.add_argument("run", help="run folder")
     parser.add_argument("--out", help="PNG to write; default: RUN/plot.png")
     args = parser.parse_args(argv)
+    if args.out and Path(args.out).suffix != ".png":
+        raise messages.InputError(f"--out {args.out}: must end in .png")
     draw(args.run, args.out or f"{args.run}/plot.png")
 
 
@@ -29,7 +31,7 @@ def draw(run: str, out: str) -> None:
     except ImportError as error:
         raise messages.InputError("plot needs matplotlib: pip install matplotlib") from error
     rows = [row for _, row in messages.read_jsonl(Path(run) / "log.jsonl")]
-    ends = [row for row in rows if row["stage"] == "evaluation"]
+    ends = [row for row in rows if "heldout_follower" in row]
     if not ends:
         raise messages.InputError(f"{run}/log.jsonl: no finished turn to plot yet")
     figure, axes = plt.subplots(2, 2, figsize=(12, 7), constrained_layout=True)

@@ -36,7 +36,7 @@ def show(run, done: dict) -> dict:
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     log = [json.loads(line) for line in lines if line]
     run.bar.set_postfix_str(f"{minutes_left(run, [*log, row | now])}, {bar_text(row)}")
-    if "groups" in done:
+    if stage in ("instructor", "follower"):
         tell_if_idle(run, done, [*log, row])
     if stage == "evaluation":
         run.bar.write(turn_table([*log, json.loads(messages.json_lines([row | now]))]))
@@ -296,7 +296,8 @@ def learned(folder: Path, turn: int) -> str:
     points = "{:+.1f} points ({:+.1f} to {:+.1f})".format(
         *(100 * seen[key] for key in ("difference", "low", "high"))
     )
-    told = f"{points}, p {seen['p']:.4f}, on {len(tables[0])} held-out rows"
+    decided = sum(any(v is not None for v in row["strict"]) for row in tables[0])
+    told = f"{points}, p {seen['p']:.4f}, on {decided} held-out rows that can be decided"
     return f"turn {turn}: Follower against base {told}: {says}"
 
 
@@ -315,7 +316,8 @@ def turn_table(rows: list[dict]) -> str:
     """One line a turn, and one for the base model, from the lines of log.jsonl."""
     head = "turn  instr. reward  valid  accepted  q_T  base r  AUC  follower reward     kl"
     lines = [head + "  held-out  log p about  trap  minutes"]
-    ends = [row for row in rows if row["stage"] == "evaluation"]
+    # Without those logged while extras/ was not there.
+    ends = [row for row in rows if "heldout_follower" in row]
     for last in ends[:1]:
         base = last["heldout_base"]
         held_out = figure(base["instruction_strict"], ".1%")

@@ -139,7 +139,8 @@ RULES = {rule.id: rule for rule in [
          " constrained_response two_responses"),
     Rule("detectable_format:constrained_response", "options=",
          [r"1 of the following options: \(?Q\)?"],
-         lambda text, k: any(option in text for option in k["options"] or OPTIONS),
+         lambda text, k: (any(_chosen(option, text) for option in k["options"])
+                          if k["options"] else any(option in text for option in OPTIONS)),
          "Answer with one of the following options: 'Red.', 'Blue.'", "Blue.", "Green.",
          "quotation two_responses"),
     Rule("combination:two_responses", "",
@@ -168,7 +169,8 @@ RULES = {rule.id: rule for rule in [
          "english_lowercase",
          implies=lambda k: [("language:response_language", {"language": "en"})]),
     Rule("change_case:english_lowercase", "",
-         ["ENGLISH(in )?((all|only) )?(lower[- ]?case|small)( letters)?( language( style)?)?"
+         ["ENGLISH(in )?((all|only) )?(lower[- ]?case( letters)?|small letters)"
+          "( language( style)?)?"
           "([.;,]? (with )?no ((capital|uppercase) letters|capitalization)( are)?( allowed)?)?"],
          lambda text, k: text.islower() and _language(text) in (None, "en"),
          "Use only lowercase letters.", "the sun is a star and it shines.", "The sun is a star.",
@@ -204,7 +206,7 @@ RULES = {rule.id: rule for rule in [
     Rule("keywords:forbidden_words", "forbidden_words",
          ["not (any of )?KEYWORD:? ?Q( or Q)*( anywhere)?",
           "not (any (of )?)?KEYWORD: (?P<forbidden_words>LIST(,? or [a-z-]+)?)"],
-         lambda text, k: not any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.I)
+         lambda text, k: not any(_chosen(word.lower(), text.lower())
                                  for word in k["forbidden_words"]),
          "Do not use the words 'can' or 'may'.", "A candle.", "Yes you CAN.",
          implies=lambda k: [("keywords:frequency", {
@@ -218,7 +220,9 @@ RULES = {rule.id: rule for rule in [
          ["(finish|end|conclude)( TEXT)? with ((the|this) )?(exact )?(phrase|sentence|words?)?:? ?Q"
           "([.,]? (no (other )?(words|text)|nothing) MUST follow( this phrase| it)?)?"],
          lambda text, k: text.strip().strip('"').lower().endswith(k["end_phrase"].strip().lower()),
-         "Finish with this exact phrase 'The end.'", 'So it was. the END."', "The end. Or not"),
+         "Finish with this exact phrase 'The end.'", 'So it was. the END."', "The end. Or not",
+         # A last word may have a full stop after it, of which a phrase's check knows nothing.
+         finish=lambda k, m: None if re.search(r"words?:? ?Q", m[0]) else k),
     Rule("startend:start_checker", "start_phrase",
          ["(start|begin|open)( TEXT)? with ((the|this) )?(exact )?(phrase|sentence|words?)?:? ?Q"
           "(,? followed by the rest( of the text)?| in the paragraph 1)?"],
@@ -301,10 +305,11 @@ NUMBERS = {
 # Many wordings become one, from top to bottom: numbers, then relations, then the wrapping goes.
 REWRITES = [
     (r"\[?Q((,? and|, &|,)? ((the )?(word|phrase|term) )?Q)*\]?", "Q"),
+    (r"\b(\d+)-(\d+)(?= words)", r"between \1 and \2"),
     (rf"\b({'|'.join(NUMBERS)})\b", lambda match: NUMBERS[match[0]]),
     (r"\ball caps\b", "all-caps"),
     (r"\b(between|from) (\d+) (and|to) (\d+)", r"between \2 and \4"),
-    (r"\b(\d+)(-| to )(\d+)(?= words)", r"between \1 and \3"),
+    (r"\b(\d+) to (\d+)(?= words)", r"between \1 and \2"),
     (r"\b(at minimum|(no|not) (fewer|less) than|(a )?minimum( of)?) (?=\d)", "at least "),
     (r"\b((no|not) more than|up to|(a )?maximum( of)?|not exceed(ing)?|within) (?=\d)", "at most "),
     (r"\b(precisely|only|just) (?=\d)", "exactly "),
@@ -318,8 +323,13 @@ REWRITES = [
     (r"^((please|(ensure|make sure)( that)?|in TEXT,?|(response )?length:"
      r"|(all-caps )?word (count|frequency):) )+", ""),
     (r",? (in|within|throughout) (length|total|TEXT)\b| of (the|your) (answer|response)\b", ""),
-    (r"^(TEXT|there) (MUST |(?=contains|includes|has|is ))", ""),
+    # What may be is no obligation, but for what may not, or may only be so.
+    (r"^(TEXT|there) ((?!(may|can) (?!not |be |only ))MUST |(?=contains|includes|has|is ))", ""),
     (r"^(response )?language:", "in"),
+    # To have some of it is not to be all of it.
+    (r"^(contains?|includes?|has|have|features?|incorporate|mention|add|provide|give) "
+     r"(?=(english )?(capital|uppercase|lower[- ]?case|small|all-caps)( letters)?$"
+     r"|(a )?(valid )?json( object)?$)", "some "),
     (r"^(contains?|includes?|has|is|have|uses?|features?|consists? of|incorporate|provide|give|add"
      r"|mention|(answer|respond) (with|in)|write|be( written)?( (with|in)(?= exactly| a ))?)"
      r" (TEXT )?", ""),
@@ -499,7 +509,9 @@ def check_loose(id: str, kwargs: dict, response: str) -> bool | None:
     texts = [response] + ["\n".join(cut).strip() for cut in (lines[1:], lines[:-1], lines[1:-1])]
     texts += [text.replace("*", "") for text in texts]
     verdicts = [check(id, kwargs, text) for text in texts if text.strip()]
-    return None if None in verdicts and True not in verdicts else any(verdicts)
+    if True in verdicts:
+        return True
+    return None if verdicts[:1] == [None] else False
 
 
 def _parts(text: str, divider: str) -> list[str]:
@@ -507,6 +519,14 @@ def _parts(text: str, divider: str) -> list[str]:
     cut = r"\n\s*\n" if divider == "\n\n" else rf"\s?{re.escape(divider)}\s?"
     parts = [part.strip() for part in re.split(cut, text)]
     return [] if "" in parts[1:-1] else [part for part in parts if part]
+
+
+def _chosen(option: str, text: str) -> bool:
+    """Whether an option stands in a text, and not in the midst of a word of it.
+
+    "no", "not now" -> False; "!", "Yes!" -> True
+    """
+    return bool(re.search(rf"(\b|(?!\w)){re.escape(option)}(\b|(?<!\w))", text))
 
 
 def _nth_starts(paragraphs: list[str], kwargs: dict) -> bool:
@@ -520,10 +540,19 @@ def _nth_starts(paragraphs: list[str], kwargs: dict) -> bool:
 
 def _emphasised(phrase: str, text: str, bold: bool) -> bool:
     """Whether a phrase stands inside **bold** or __bold__, or in any emphasis if not `bold`."""
-    marks = r"\*\*|__" if bold else r"\*\*|__|\*|_"
     phrase = rf"(?<![^\W_]){re.escape(phrase)}(?![^\W_])"
-    spans = re.finditer(rf"({marks})(.+?)\1", text)
-    return any(re.search(phrase, span[2], re.I) for span in spans)
+    opened: dict[str, int] = {}
+    for mark in re.finditer(r"\*\*|__|\n" if bold else r"\*\*|__|\*|_|\n", text):
+        kind, start = mark[0], opened.pop(mark[0], None)
+        if kind == "\n":
+            opened.clear()
+        elif start is not None and text[mark.start() - 1].strip() and start < mark.start():
+            if re.search(phrase, text[start : mark.start()], re.I):
+                return True
+        elif text[mark.end() : mark.end() + 1].strip():
+            # A bullet's asterisk, with a space after it, opens nothing.
+            opened[kind] = mark.end()
+    return False
 
 
 def _is_json(text: str) -> bool:

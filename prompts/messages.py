@@ -285,14 +285,20 @@ def longest(cfg, encode: Callable, asked: bool) -> dict[str, int]:
     return most
 
 
-def check_limits(cfg, encode: Callable, asked: bool, config) -> None:
-    """InputError where a role may need more tokens than the model of this `config` has places."""
+def context_of(config) -> float:
+    """The tokens that a model of this `config` can tell apart by their places."""
     config = config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", math.inf)
     rope = getattr(config, "rope_parameters", None) or {}
+    context = getattr(config, "max_position_embeddings", math.inf)
     if rope.get("rope_type") in ("longrope", "dynamic"):
         # Beyond it a token's place depends on how long its row will be.
         context = rope.get("original_max_position_embeddings", context)
+    return context
+
+
+def check_limits(cfg, encode: Callable, asked: bool, config) -> None:
+    """InputError where a role may need more tokens than the model of this `config` has places."""
+    context = context_of(config)
     for role, most in longest(cfg, encode, asked).items():
         if most > context:
             mend = "lower --max-prompt-tokens, --max-new-tokens or --shots"

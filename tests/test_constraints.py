@@ -100,6 +100,40 @@ def test_language_is_undecided_without_langdetect(monkeypatch):
     assert judge.check_loose("language:response_language", {"language": "de"}, "Der Hund") is None
 
 
+@pytest.mark.parametrize(
+    "sentence, good, bad",
+    [
+        ("Your answer must not include '!' or '?'.", "Fine.", "Great! Really."),
+        ("Your answer must not include 'c++'.", "C is old.", "I like C++, too."),
+        (
+            "Answer with one of the following options: 'yes', 'no'.",
+            "It is no.",
+            "It is not cheese.",
+        ),
+        (
+            "Highlight the word 'sea' in your answer using markdown emphasis.",
+            "* The *sea*.",
+            "* A sea *.",
+        ),
+        ("Your answer must have 10-20 words.", "a " * 12, "a " * 9),
+        ("Your answer may not include the word 'sun'.", "Sunday.", "The sun."),
+    ],
+)
+def test_sentences_to_verdicts(sentence, good, bad):
+    id, kwargs = judge.recognise(sentence)
+    assert judge.check(id, kwargs, good) and not judge.check(id, kwargs, bad)
+
+
+def test_a_loose_verdict_is_missing_only_where_the_strict_one_is(monkeypatch):
+    verdicts = {"one\ntwo": False, "two": None, "one": False}
+    monkeypatch.setattr(constraints, "check", lambda id, kwargs, text: verdicts[text])
+    assert constraints.check_loose("", {}, "one\ntwo") is False
+    verdicts["one\ntwo"] = None
+    assert constraints.check_loose("", {}, "one\ntwo") is None
+    verdicts["one"] = True
+    assert constraints.check_loose("", {}, "one\ntwo") is True
+
+
 def test_loose_forgives_asterisks_and_a_first_or_last_line():
     end, lower = ("startend:end_checker", {"end_phrase": "bye"}), "change_case:english_lowercase"
     assert judge.check(*end, "Text. *bye*") is False
@@ -183,6 +217,16 @@ def test_recognised(row):
     "sentence",
     [
         "Use exactly 3 bullet points, each under 10 words.",
+        # To have some of it is not to be all of it; what may be need not.
+        "Your answer must include capital letters.",
+        "Your answer must contain lowercase letters.",
+        "Your answer must be small.",
+        "Your answer must mention JSON.",
+        "Your answer may include the word 'sun'.",
+        # A number in two words is no range; a last word may have a full stop after it.
+        "Write two-hundred words.",
+        "Your answer must have at least twenty-five words.",
+        "End your answer with the word 'tomorrow'.",
         "Do not use the forbidden words.",
         "Include at least one keyword related to music, such as 'song' or 'melody'.",
         "The first word of each sentence must be 'But'.",

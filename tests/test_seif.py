@@ -178,7 +178,7 @@ def test_a_turn_says_whether_the_follower_has_learned(tmp_path, turned, says):
     evaluation.write_rows(tmp_path / "turn3" / "heldout.jsonl", rows(30 + turned))
     text = report.learned(tmp_path, 3)
     assert text.startswith(f"turn 3: Follower against base {turned / 0.6:+.1f} points (")
-    assert f"on 60 held-out rows: {says}" in text
+    assert f"on 60 held-out rows that can be decided: {says}" in text
 
 
 def test_the_table_stands_in_its_columns_even_where_nothing_is_known(finished):
@@ -219,6 +219,28 @@ def test_eval_prints_accuracies_and_writes_the_answers(finished, tmp_path, capsy
     assert "Follower of turn 1, 2 prompts" in capsys.readouterr().out
     assert seif.main(["eval", str(finished), "--base", "--rows", "1"]) == 0
     assert "base model, 1 prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        ("eval RUN --rows -1", "not below 0"),
+        ("eval RUN --base --paired", "--base is a side of --paired"),
+        ("eval RUN --out no/such/file", "--out no/such/file: there is no such folder"),
+        ("eval RUN --max-new-tokens 4090", "tokens of context, there are 4096"),
+        ("chat RUN --max-new-tokens 0", "--max-new-tokens is at least 1"),
+        ("plot RUN --out a.svg", "--out a.svg: must end in .png"),
+    ],
+)
+def test_a_command_that_cannot_be_done_is_refused_before_any_work(finished, capsys, command, says):
+    assert says in error(capsys, command.replace("RUN", str(finished)).split())
+
+
+def test_a_copy_of_a_turn_is_no_turn(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(finished / "turn1", tmp_path / "run" / "turn1.bak")
+    assert seif.main(["eval", str(tmp_path / "run"), "--rows", "1"]) == 0
+    assert "Follower of turn 2, 1 prompts" in capsys.readouterr().out
 
 
 def test_paired_evaluation_tests_the_difference(finished, capsys):
@@ -658,6 +680,11 @@ FILES = [
     ("heldout", b'{"prompt": "a"}\n', "heldout.bad, line 1: needs prompt"),
     (
         "heldout",
+        b'{"prompt": "a", "instruction_id_list": [], "kwargs": [], "seed": 42}\n',
+        "heldout.bad, line 1: seed must be the question",
+    ),
+    (
+        "heldout",
         b'{"prompt": "a", "instruction_id_list": ["a:b"], "kwargs": [{}]}\n',
         "heldout.bad, line 1: a:b",
     ),
@@ -770,6 +797,8 @@ def test_sense_by_hand(monkeypatch):
     assert [evaluation.on_topic(r, 1.0) for r in records] == [True, False, None, False]
     assert evaluation.sense(records, 1.0) == {"fluency": -3.5, "about": 1 / 3}
     assert evaluation.tripped(records, 1.0) == 0.5
+    # An empty answer to a row that names no seed is not about anything.
+    assert evaluation.on_topic(dict(about=None, response="", seeded=False), 1.0) is None
     few = [dict(r) for r in records]
     evaluation.add_sense(None, rows, few, most=1)
     assert [r["fluency"] for r in few] == [-2.0, None, None, None] and few[0] == records[0]
