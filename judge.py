@@ -133,19 +133,14 @@ def verdicts(
 
     mode "hybrid": rules where they decide, else `ask`, if given; "llm": `ask` alone, the paper's.
     """
-    table, places, prompts = [], [], []
-    for question, answer in pairs:
-        table.append([])
-        for constraint in question.constraints:
-            value = rule_verdict(question, constraint, answer) if mode == "hybrid" else None
-            if value is None:
-                places.append((len(table) - 1, len(table[-1])))
-                prompts.append(judger_prompt(question, answer, constraint))
-            known = value is not None
-            table[-1].append(Verdict(float(value), "rule") if known else Verdict(None, "nobody"))
-    for (i, j), p in zip(places, ask(prompts) if ask and prompts else []):
-        table[i][j] = Verdict(None if math.isnan(p) else float(p >= threshold), "judger")
-    return table
+    cases = [(q, a, c) for q, a in pairs for c in q.constraints]
+    values = [rule_verdict(q, c, a) if mode == "hybrid" else None for q, a, c in cases]
+    found = [Verdict(None, "nobody") if v is None else Verdict(float(v), "rule") for v in values]
+    left = [i for i, value in enumerate(values) if value is None] if ask else []
+    for i, p in zip(left, ask([judger_prompt(*cases[i]) for i in left]) if left else []):
+        found[i] = Verdict(None if math.isnan(p) else float(p >= threshold), "judger")
+    rest = iter(found)
+    return [[next(rest) for _ in q.constraints] for q, _ in pairs]
 
 
 # ------------------------------------------------------------ is `ask` to be believed?
@@ -190,10 +185,10 @@ def rank(ps: list[float], truth: list[bool]) -> Ranking:
     return Ranking(auc, max(0.0, auc - margin), min(1.0, auc + margin), threshold, n + m)
 
 
-def balance(cases: list, truth: list[bool], most: int) -> tuple[list, list[bool]]:
-    """At most so many cases, half of them right where there are enough: (cases, truth)"""
+def balance(cases: list, truth: list[bool | None], most: int) -> tuple[list, list[bool]]:
+    """At most so many cases of known truth, half of them right if they suffice: (cases, truth)"""
     right = [c for c, t in zip(cases, truth) if t][: most // 2]
-    wrong = [c for c, t in zip(cases, truth) if not t][: most // 2]
+    wrong = [c for c, t in zip(cases, truth) if t is not None and not t][: most // 2]
     return right + wrong, [True] * len(right) + [False] * len(wrong)
 
 
@@ -232,9 +227,8 @@ def extract_answer(text: str, think: bool) -> str:
 def echoes(question: Question, answer: str) -> bool:
     """Whether an answer only gives the instruction back, or its lines, with next to nothing new."""
     whole, plain = _plain(question.instruction), _plain(answer)
-    given = {_plain(line) for line in question.instruction.split("\n")} | {whole}
-    lines = [_plain(line) for line in answer.split("\n")]
-    if all(line in given for line in lines if line):
+    given = {"", whole, *map(_plain, question.instruction.split("\n"))}
+    if all(_plain(line) in given for line in answer.split("\n")):
         return True
     return whole in plain and len(plain.replace(whole, "").split()) < 3
 

@@ -13,7 +13,6 @@ faster. Left out: value network, reward model, padding, merged weights, distribu
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 # The ratio's clip, wider above 1 (DAPO's clip-higher, as in SEIF), and the largest gradient norm.
@@ -311,16 +310,14 @@ class Policy:
 
     def save(self, role: str, folder: str | Path) -> None:
         """Write the adapter; with extras/adapters.py as peft does, for peft, vLLM and lm-eval."""
+        from prompts.messages import replace_file
+
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors(role).items()}
         if adapters := extra("adapters"):
             adapters.write_config(self, role, Path(folder))
-        # Renamed when whole: a folder with this file in it is an adapter.
-        part = Path(folder) / "adapter_model.part"
-        save_file(tensors, part, {"format": "pt"})
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(part.with_suffix(".safetensors"))
+        # Last, and renamed when whole: a folder with this file in it is an adapter.
+        replace_file(Path(folder) / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
 
     def load_adapter(self, role: str, folder: str | Path) -> None:
         """Read an adapter, ours or peft's; ModelError if it computes something else than LoRA.
@@ -389,8 +386,7 @@ class Policy:
                     mend = "a smaller --model, a lower --max-new-tokens or --batch, shorter seeds"
                     raise ModelError(f"out of GPU memory ({error}); take {mend}") from error
             # Here, since the exception held what the failed attempt had allocated.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
 
 def fast_dtype(cuda: bool) -> str:

@@ -232,8 +232,7 @@ def qualify_roles(run: "Run") -> dict:
     answers = [judge.extract_answer(text, cfg.think) or text for text in texts]
     cases = [(q, a, c) for q, a in zip(asked, answers) if a for c in q.constraints]
     truth = [judge.rule_verdict(q, c, a) for q, a, c in cases]
-    known = [(case, t) for case, t in zip(cases, truth) if t is not None]
-    cases, truth = judge.balance([c for c, _ in known], [t for _, t in known], QUALIFYING)
+    cases, truth = judge.balance(cases, truth, QUALIFYING)
     bank = [c for q in examples for c in q.constraints]
     draw.shuffle(bank)
     clashing = [q for q in (judge.unsound(q, bank) for q in examples) if q]
@@ -249,12 +248,8 @@ def qualify_roles(run: "Run") -> dict:
 # ------------------------------------------------------------ what the roles do
 def propose(run: "Run", seeds: list, kinds: list, n: int, temperature) -> list[list[Sample]]:
     """The Instructor's n proposals a seed, each with its question, and why it is rejected if so."""
-    cfg, policy, salt = run.cfg, run.policy, run.draw.random()
-    prompts = []
-    for i, (seed, kind) in enumerate(zip(seeds, kinds)):
-        # Examples anew for every batch: its prompts share their beginning, q_T shows many sorts.
-        draw, bank = random.Random(f"{salt}/{i // cfg.batch}"), messages.instructor_examples(kind)
-        prompts.append(messages.instructor_prompt(seed, kind, draw.sample(bank, cfg.shots)))
+    cfg, policy = run.cfg, run.policy
+    prompts = messages.instructor_prompts(seeds, kinds, cfg, run.draw.random())
     with policy.using("instructor"):
         groups = policy.sample(prompts, n, cfg.instructor_tokens, temperature)
     for seed, kind, group in zip(seeds, kinds, groups):
@@ -313,7 +308,6 @@ def instructor_step(run: "Run", turn: int, step: int) -> dict:
         # A cut-off answer says nothing of the difficulty, and pays 0: else the Instructor would
         # learn to ask for answers longer than the limit. Without any verdict nothing is known.
         if given.verdicts:
-            proposal.answer = given.answer
             r = judge.satisfaction(given.verdicts)
             proposal.reward = None if r is None else judge.instructor_reward(r, cfg.reward)
     with clock("update"):
@@ -390,16 +384,15 @@ def evaluate_turn(run: "Run", turn: int) -> dict:
 @contextmanager
 def locked_folder(cfg: Config):
     """Create the run folder or check its settings, keep other runs out; "auto" becomes a dtype."""
-    folder, own = Path(cfg.out), asdict(cfg) | {"begun": date.today().isoformat()}
-    path, lock = folder / "config.json", filelock.FileLock(folder / "lock")
+    folder, path = Path(cfg.out), Path(cfg.out, "config.json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        held = filelock.FileLock(folder / "lock").acquire(timeout=0)
         old = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-        own["begun"] = old.get("begun", own["begun"])
         if cfg.dtype == "auto":
             # A run goes on in the type that it began in, on whatever machine.
-            own["dtype"] = cfg.dtype = old.get("dtype", rl.fast_dtype(torch.cuda.is_available()))
+            cfg.dtype = old.get("dtype", rl.fast_dtype(torch.cuda.is_available()))
+        own = asdict(cfg) | {"begun": old.get("begun", date.today().isoformat())}
         begun = date.fromisoformat(own["begun"])
     except filelock.Timeout as error:
         mend = "give another --out, or stop that one"
@@ -407,16 +400,13 @@ def locked_folder(cfg: Config):
     except (OSError, ValueError, TypeError) as error:
         mend = f"mend or take out {path.name}, or give another --out"
         raise InputError(f"{folder}: cannot be used as run folder ({error}); {mend}") from error
-    try:
-        fixed = [name for name, field in ROWS.items() if not field.metadata.get("may_change")]
-        for name in fixed:
-            if old.get(name, own[name]) != own[name]:
+    with held:
+        for name, field in ROWS.items():
+            if old.get(name, own[name]) != own[name] and not field.metadata.get("may_change"):
                 made = f"this run was made with {flag(name)} {old[name]}, not {own[name]}"
                 raise InputError(f"{path}: {made}; give another --out, or the same settings")
         replace_file(path, json.dumps(own, indent=2).encode())
         yield begun
-    finally:
-        lock.release()
 
 
 class Run:
@@ -434,7 +424,9 @@ class Run:
         self.policy = load_policy(cfg)
         # Templates that tell the date keep telling it, after midnight and when resumed.
         self.policy.chat.today = begun
-        self.seeds = self._usable(seeds)
+        encode = self.policy.chat.encode
+        messages.check_limits(cfg, encode, self.asks_a_model, self.policy.model.config)
+        self.seeds = messages.usable(seeds, cfg, encode)
         self.digest = messages.digest(self.seeds, cfg.init_follower)
         self.optimizers = {}
         for role in ("instructor", "follower"):
@@ -465,16 +457,6 @@ class Run:
             self.policy.load_adapter(name, self.cfg.init_follower)
         else:
             self.policy.add(name, seed=self.cfg.seed * 2 + (role == "follower"))
-
-    def _usable(self, seeds: list[str]) -> list[str]:
-        """The seeds that leave a quarter of their limit; refuses limits beyond the context."""
-        cfg, encode = self.cfg, self.policy.chat.encode
-        prompts = [encode(messages.follower_prompt(seed, cfg.think)) for seed in seeds]
-        messages.check_limits(cfg, encode, self.asks_a_model, self.policy.model.config)
-        usable = [s for s, p in zip(seeds, prompts) if len(p) <= cfg.max_prompt_tokens * 3 // 4]
-        if not usable:
-            raise InputError(f"{cfg.seeds}: all {len(seeds)} too long; raise --max-prompt-tokens")
-        return usable
 
     def left(self, turn: int, stage: str, steps: int) -> Iterator[int]:
         """The steps of a stage that are not done, each seeded, under a bar; saved when due."""
@@ -542,11 +524,7 @@ class Run:
     def questions(self, turn: int) -> list[Question]:
         """q_T as written."""
         path = self.folder / f"turn{turn}" / "questions.jsonl"
-        questions = messages.read_questions(path)
-        if len(questions) != self.written.get(turn, len(questions)):
-            count = f"{len(questions)} questions where {self.written[turn]} were written"
-            raise InputError(f"{path}: {count}; put the whole file back")
-        return questions
+        return messages.read_questions(path, self.written.get(turn))
 
     def update(self, role: str, groups: list[list[Sample]], cfg) -> dict:
         """A GRPO step; ends the run when step after step has no finite gradient."""
@@ -565,16 +543,12 @@ class Run:
         told = {role: done[role] for role in ("judger", "filter") if role in done}
         row = self.unit | (report.show(self, done) if report else done.get("metrics", told))
         row["wall"] = time.time() - self.unit_start
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(messages.json_lines([row]))
+        messages.append_text(self.folder / "log.jsonl", messages.json_lines([row]))
         if not report:
             tqdm.write(messages.json_lines([row])[:-1])
 
     def save(self) -> None:
         """Replace the state: adapters, optimisers, and how many units are done."""
-        # On the disk before the state that counts on it.
-        with open(self.folder / "log.jsonl", "ab") as file:
-            os.fsync(file.fileno())
         adapters = {role: self.policy.tensors(role) for role in self.optimizers}
         optimizers = {role: o.state_dict() for role, o in self.optimizers.items()}
         state = dict(done=self.done, written=self.written, seeds=self.digest)

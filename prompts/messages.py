@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,6 +113,14 @@ def _numbers(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add to a file, on the disk before whatever counts on it is written."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write beside it, then rename: a reader, or a power cut, never sees half a file."""
     part = path.with_name(path.name + ".part")
@@ -122,8 +131,11 @@ def replace_file(path: Path, data: bytes) -> None:
     os.replace(part, path)
 
 
-def read_questions(path: str | Path) -> list[Question]:
-    """Lines {"seed", "kind", "constraints"} -> questions; the line that is not so is an error."""
+def read_questions(path: str | Path, count: int | None = None) -> list[Question]:
+    """Lines {"seed", "kind", "constraints"} -> questions; the line that is not so is an error.
+
+    So are fewer lines, or more, than the `count` that were written.
+    """
     questions = []
     for number, row in read_jsonl(path):
         seed, kind, constraints = (row.get(key) for key in ("seed", "kind", "constraints"))
@@ -132,6 +144,9 @@ def read_questions(path: str | Path) -> list[Question]:
             needs = "seed, kind (hard or soft) and constraints, a list of texts"
             raise InputError(f"{path}, line {number}: needs {needs}")
         questions.append(Question(seed, kind, tuple(constraints)))
+    if count not in (None, len(questions)):
+        found = f"{len(questions)} questions where {count} were written"
+        raise InputError(f"{path}: {found}; put the whole file back")
     return questions
 
 
@@ -241,6 +256,18 @@ def instructor_prompt(seed: str, kind: str, examples: list[Question]) -> list[di
     return [*messages, seed_turn, _say("assistant", OPENING[kind])]
 
 
+def instructor_prompts(seeds: list[str], kinds: list[str], cfg, salt: float) -> list[list[dict]]:
+    """One for each seed, with examples drawn anew for every batch.
+
+    So a batch's prompts share their beginning, and q_T shows many sorts.
+    """
+    prompts = []
+    for i, (seed, kind) in enumerate(zip(seeds, kinds)):
+        draw, bank = random.Random(f"{salt}/{i // cfg.batch}"), instructor_examples(kind)
+        prompts.append(instructor_prompt(seed, kind, draw.sample(bank, cfg.shots)))
+    return prompts
+
+
 def follower_prompt(instruction: str, think: bool) -> list[dict]:
     """The same in training, evaluation and chat. With `think` its opening is given."""
     user = _say("user", instruction)
@@ -294,6 +321,15 @@ def context_of(config) -> float:
         # Beyond it a token's place depends on how long its row will be.
         context = rope.get("original_max_position_embeddings", context)
     return context
+
+
+def usable(seeds: list[str], cfg, encode: Callable) -> list[str]:
+    """The seeds that leave a quarter of their limit; InputError if none does."""
+    prompts = [encode(follower_prompt(seed, cfg.think)) for seed in seeds]
+    kept = [s for s, p in zip(seeds, prompts) if len(p) <= cfg.max_prompt_tokens * 3 // 4]
+    if not kept:
+        raise InputError(f"{cfg.seeds}: all {len(seeds)} too long; raise --max-prompt-tokens")
+    return kept
 
 
 def check_limits(cfg, encode: Callable, asked: bool, config) -> None:

@@ -22,7 +22,10 @@ import rl
 def pytest_cmdline_main(config):
     """The whole suite takes two processes, where pytest-xdist is there to run them."""
     whole = all(Path(name).is_dir() for name in config.args) and not config.option.keyword
-    if whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+    # One of those processes comes by here, too.
+    if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
+        return
+    if whole and config.option.numprocesses is None:
         config.option.numprocesses = 0 if config.option.usepdb else 2
 
 

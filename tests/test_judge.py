@@ -349,6 +349,8 @@ def test_cases_are_balanced():
     cases, truth = judge.balance(list("abcdef"), [True] * 5 + [False], 4)
     assert (cases, truth) == (["a", "b", "f"], [True, True, False])
     assert judge.balance([], [], 4) == ([], [])
+    # What no rule knows is neither.
+    assert judge.balance(["a", "b"], [None, False], 4) == (["b"], [False])
 
 
 def test_unsound_questions_clash_and_sound_ones_do_not():
