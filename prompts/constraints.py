@@ -321,7 +321,7 @@ REWRITES = [
     (r"\bat least (\d+)( words)?,? (and|but) less than (\d{1,5})",
      lambda match: f"between {match[1]} and {int(match[4]) - 1}"),
     (r"^((please|(ensure|make sure)( that)?|in TEXT,?|(response )?length:"
-     r"|(all-caps )?word (count|frequency):) )+", ""),
+     r"|all-caps word (count|frequency):(?=.* all-caps )|word (count|frequency):) )+", ""),
     (r",? (in|within|throughout) (length|total|TEXT)\b| of (the|your) (answer|response)\b", ""),
     # What may be is no obligation, but for what may not, or may only be so.
     (r"^(TEXT|there) ((?!(may|can) (?!not |be |only ))MUST |(?=contains|includes|has|is ))", ""),
@@ -331,7 +331,7 @@ REWRITES = [
      r"(?=(english )?(capital|uppercase|lower[- ]?case|small|all-caps)( letters)?$"
      r"|(a )?(valid )?json( object)?$)", "some "),
     (r"^(contains?|includes?|has|is|have|uses?|features?|consists? of|incorporate|provide|give|add"
-     r"|mention|(answer|respond) (with|in)|write|be( written)?( (with|in)(?= exactly| a ))?)"
+     r"|mention|(answer|respond) (with|in)|write|be(?! Q)( written)?( (with|in)(?= exactly| a ))?)"
      r" (TEXT )?", ""),
     (r"^((do not|don't|not|never) (contain|include|have|use|mention|be)|(be written )?without"
      r"( using)?|(avoid|refrain from)( using| including)?|exclude|omit|no) ", "not "),

@@ -221,6 +221,8 @@ def test_recognised(row):
         "Your answer must include capital letters.",
         "Your answer must contain lowercase letters.",
         "Your answer must be small.",
+        "Your answer must be 'yes'.",
+        "All-caps word count: 3 words.",
         "Your answer must mention JSON.",
         "Your answer may include the word 'sun'.",
         # A number in two words is no range; a last word may have a full stop after it.
