@@ -14,7 +14,7 @@ Sources: SEIF (arXiv 2605.07465); the verifiable instructions are IFEval's (arXi
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prompts.constraints import (
     MAX_CONSTRAINT_CHARS,
@@ -181,8 +181,8 @@ def rank(ps: list[float], truth: list[bool]) -> Ranking:
     margin = 1.96 * math.sqrt(spread / (n * m))
     balanced = lambda cut: sum(p >= cut for p in right) / n + sum(p < cut for p in wrong) / m
     best = max(sorted({p for p, _ in known}), key=balanced)
-    threshold = best if auc - margin > TRUSTED_AUC else 0.5
-    return Ranking(auc, max(0.0, auc - margin), min(1.0, auc + margin), threshold, n + m)
+    ranking = Ranking(auc, max(0.0, auc - margin), min(1.0, auc + margin), best, n + m)
+    return ranking if ranking.believed else replace(ranking, threshold=0.5)
 
 
 def balance(cases: list, truth: list[bool | None], most: int) -> tuple[list, list[bool]]:

@@ -541,7 +541,7 @@ class Run:
         """A unit's line of log.jsonl: what extras/report.py, which shows it too, makes of it."""
         report = rl.extra("report")
         told = {role: done[role] for role in ("judger", "filter") if role in done}
-        row = self.unit | (report.show(self, done) if report else done.get("metrics", told))
+        row = report.show(self, done) if report else self.unit | done.get("metrics", told)
         row["wall"] = time.time() - self.unit_start
         messages.append_text(self.folder / "log.jsonl", messages.json_lines([row]))
         if not report:

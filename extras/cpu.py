@@ -8,6 +8,7 @@ import ctypes
 import os
 import sys
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,21 +54,28 @@ class UnpackedLinear(nn.Linear):
         return y.T.contiguous().unflatten(0, x.shape[:-1])
 
 
+def four_bit(model: nn.Module, most: float) -> dict[str, nn.Module]:
+    """name -> 4-bit layer; none if their values in the model's type take more than `most` bytes."""
+    quantised = lambda m: hasattr(getattr(m, "weight", None), "quant_state")
+    layers = {name: m for name, m in model.named_modules() if quantised(m)}
+    size = sum(m.in_features * m.out_features for m in layers.values()) * model.dtype.itemsize
+    return layers if size <= most else {}
+
+
+def values(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A 4-bit layer's weights, unpacked: (out, in)"""
+    # Here, for it talks when imported.
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+
+
 def unpack(model: nn.Module) -> None:
     """Replace 4-bit layers by unpacked ones, if they fit.
 
     bitsandbytes unpacks each weight at each call on the CPU: 40 % of a sampling step.
     """
-    layers = {
-        n: m for n, m in model.named_modules() if hasattr(getattr(m, "weight", None), "quant_state")
-    }
-    size = sum(m.in_features * m.out_features for m in layers.values())
-    if not layers or size * model.dtype.itemsize > UNPACK_MIB * 2**20:
-        return
-    # Here, for it talks when imported.
-    from bitsandbytes.functional import dequantize_4bit
-
-    for name, layer in layers.items():
-        values = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(model.dtype)
+    for name, layer in four_bit(model, UNPACK_MIB * 2**20).items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, UnpackedLinear(values, layer.bias))
+        unpacked = UnpackedLinear(values(layer, model.dtype), layer.bias)
+        setattr(model.get_submodule(parent), leaf, unpacked)

@@ -1,4 +1,4 @@
-"""cuda.py: what makes sampling faster on a GPU. The numbers are the same.
+"""cuda.py: what is to make sampling faster on a GPU. The numbers are the same (tests on the CPU).
 
 A token for each sample is little work: a step waits for its thousand launches, and then for the
 weights to be read.
@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from extras.cpu import four_bit, values
+
 # Of a GPU's free memory, what the unpacked weights may take; the rest is for keys and values.
 UNPACKED_SHARE = 0.25
 # A recording serves batches up to so many samples more, and up to so many columns.
 SAMPLES, COLUMNS = 8, 64
 # Rounding may change a token now and then, a wrong recording changes most.
 MOST_DIFFERENT = 0.1
-# Before 2.13 a recording that fails leaves torch's allocator in the belief that it goes on.
+# Before 2.13, as read in torch's own threads, not seen, a recording that fails leaves its allocator
+# in the belief that it goes on.
 ABLE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
@@ -31,17 +34,10 @@ def unpacked(model, free: int) -> Iterator[None]:
 
     For more than a few rows bitsandbytes unpacks at each call: read, written and read again.
     """
-    layers = [m for m in model.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
-    size = sum(m.in_features * m.out_features for m in layers) * model.dtype.itemsize
-    if not layers or size > UNPACKED_SHARE * free:
-        yield
-        return
-    # Here, for it talks when imported.
-    from bitsandbytes.functional import dequantize_4bit
-
+    layers = four_bit(model, UNPACKED_SHARE * free).values()
     try:
         for layer in layers:
-            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(model.dtype)
+            weight = values(layer, model.dtype)
             bias = None if layer.bias is None else layer.bias.to(model.dtype)
             layer.forward = partial(F.linear, weight=weight, bias=bias)
         yield

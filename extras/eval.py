@@ -33,7 +33,7 @@ ON_TOPIC = 0.95
 # Free answers that the threshold is taken from, at most.
 FREE_ANSWERS = 64
 # What decides language constraints is not among the requirements.
-LANGUAGES = "" if find_spec("langdetect") else "; those on languages need pip install langdetect"
+NO_LANGUAGES = "" if find_spec("langdetect") else "; those on languages need pip install langdetect"
 
 
 def _counts(records: list[dict], level: str) -> np.ndarray:
@@ -233,7 +233,7 @@ def report(name: str, result: dict, records: list[dict], limit: int) -> None:
         print(f"  {level:11}  strict {strict:6.1%}   loose {loose:6.1%}")
     print("  {:11}  strict {:.1%} to {:.1%} (95 %)".format("interval", *interval(records)))
     if left := sum(v is None for record in records for v in record["strict"]):
-        print(f"  {left} instructions cannot be decided and are left out{LANGUAGES}")
+        print(f"  {left} instructions cannot be decided and are left out{NO_LANGUAGES}")
     if not math.isnan(result["fluency"] + result["about"]):
         told = f"log p {result['fluency']:.2f} a token, {result['about']:.0%} about their question"
         print(f"  {'sense':11}  {told}")
@@ -291,17 +291,17 @@ def main(argv: list[str], seif) -> None:
     cfg.max_new_tokens = args.max_new_tokens or cfg.max_new_tokens
     rows = given or read_rows(cfg.heldout or messages.PROMPTS / "heldout.jsonl")
     rows = rows[: args.rows or None]
-    begun = "base" if cfg.init_follower else None
-    if args.paired and begun:
-        policy.load_adapter(begun, cfg.init_follower)
-    roles = (begun, "follower") if args.paired else (None,) if args.base else ("follower",)
+    # What a run began with, as in seif.Run.
+    base = "base" if cfg.init_follower else None
+    if args.paired and base:
+        policy.load_adapter(base, cfg.init_follower)
+    roles = (base, "follower") if args.paired else (None,) if args.base else ("follower",)
     names = {None: "base model", "base": cfg.init_follower, "follower": f"Follower of turn {turn}"}
     tables, least = [], on_topic_from(policy, rows, cfg)
     for role in roles:
         result, records = evaluate(policy, role, rows, cfg, least)
         tables.append(records)
-        name = names[role]
-        report(name, result, records, cfg.max_new_tokens)
+        report(names[role], result, records, cfg.max_new_tokens)
     if args.paired:
         line = "strict {difference:+.1%}, {low:+.1%} to {high:+.1%} (95 %), p = {p:.4f}"
         print(f"  difference   {line.format(**compare(*tables))}")

@@ -603,7 +603,7 @@ class Sampler:
             self.sample[idle], self.count[idle], self.cache.length[idle] = self.nobody, 0, 0
 
     def run(self) -> list[list[list[int]]]:
-        """Decode all; a row a sample, which may run on past its end."""
+        """Decode all; for each prompt a row a sample, which may run on past its end."""
         while self.held:
             for _ in range(self.look):
                 self.step()
