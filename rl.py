@@ -66,9 +66,11 @@ class LoRALinear(nn.Module):
         if role is None:
             return y
         A, B = self.cast.get(role) or (m[role].to(x.dtype) for m in (self.A, self.B))
-        # The sum and B's product in one kernel: each would else be another tensor of y's size.
-        down = F.linear(x, A).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), down, B.T, alpha=self.scale[role]).view_as(y)
+        # The sum and B's product in one kernel, in y's place where nothing is trained: each would
+        # else be another tensor of y's size.
+        flat, down = y.flatten(0, -2), F.linear(x, A).flatten(0, -2)
+        out = None if torch.is_grad_enabled() else flat
+        return torch.addmm(flat, down, B.T, alpha=self.scale[role], out=out).view_as(y)
 
 
 # ------------------------------------------------------------ the plain engine

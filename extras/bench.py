@@ -23,6 +23,8 @@ import time
 import types
 from pathlib import Path
 
+# In place of this folder, whose cuda.py would hide the package that torch imports.
+sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 import torch

@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from extras import cuda
-from extras.cpu import trim
+from extras.cpu import RunAttention, keep_freed, trim
 
 # Logits held at once, in elements, whatever the vocabulary: 128 MiB of fp32, 32 on the CPU.
 HEAD_CHUNK = {"cuda": 1 << 25, "cpu": 1 << 23}
@@ -38,6 +38,8 @@ SHARED_FROM = 128
 PICK_BLOCK = 256
 # Finished samples are looked for every so many tokens: on CUDA a look waits for the device.
 LOOK_EVERY = {"cuda": 8, "cpu": 1}
+# Tokens of a run whose attention is computed at once, as RunAttention does.
+PIECE = 128
 # Samples decoded side by side, at most: beyond, a step only gets longer.
 SLOTS = {"cuda": 256, "cpu": 64}
 # Without a GPU: MiB of keys and values, at most, and of activations kept for the backward pass,
@@ -138,9 +140,10 @@ class RowSight:
 
     def __init__(self, row: Row, device: torch.device, dtype: torch.dtype, by_runs: bool):
         self.row, self.device, self.dtype, self.by_runs = row, device, dtype, by_runs
+        self.products = dtype != torch.float32
         self.depth = np.concatenate([np.arange(row.prefix), row.depth])
         self.masks: dict[int | None, Tensor] = {}
-        self.runs: dict[int | None, list] = {}
+        self.runs: dict[tuple, list] = {}
 
     def handle(self) -> Tensor:
         """The attention mask to give to the model: carries this object to every layer."""
@@ -164,14 +167,29 @@ class RowSight:
             self.masks[window] = self._additive(seen)
         return self.masks[window]
 
-    def _run(self, start: int, end: int, before: np.ndarray, window: int | None) -> tuple:
-        """(start, end, columns, mask or None for plainly causal)"""
+    def _runs(self, window: int | None, tile: int) -> list[tuple]:
+        """(start, end, columns, mask) of each run; for RunAttention (tile > 0) in short pieces."""
+        if (window, tile) not in self.runs:
+            most = PIECE if tile else len(self.row.tokens)
+            own = lambda start, end: self.row.prefix + np.arange(start, end)
+            pieces = [
+                (at, min(at + most, end), np.concatenate([before, own(start, at)]))
+                for start, end, before in self.row.runs
+                for at in range(start, end, most)
+            ]
+            self.runs[window, tile] = [self._run(*piece, window, tile) for piece in pieces]
+        return self.runs[window, tile]
+
+    def _run(self, start: int, end: int, before: np.ndarray, window: int | None, tile: int):
         columns = np.concatenate([before, self.row.prefix + np.arange(start, end)])
+        # None: plainly causal.
         mask = None
-        if len(before) or (window and end - start > window):
+        if tile or len(before) or (window and end - start > window):
             # Along one path, to be no deeper is to be seen.
             distance = self.row.depth[start:end, None] - self.depth[columns]
             mask = self._additive((distance >= 0) & (distance < (window or len(columns) + 1)))
+        if tile:
+            mask = mask[0].repeat(1, tile, 1)
         straight = int(columns[-1]) == len(columns) - 1
         # A slice where one serves: no copy.
         return start, end, slice(0, len(columns)) if straight else torch.from_numpy(columns), mask
@@ -180,10 +198,12 @@ class RowSight:
         """query (1, H, L, D), key and value (1, h, P + L, D) -> (1, L, H, D)"""
         if not self.by_runs or bend:
             return masked(module, query, key, value, self._mask(window), scale, bend)
-        if window not in self.runs:
-            self.runs[window] = [self._run(*run, window) for run in self.row.runs]
+        if self.products:
+            runs = self._runs(window, query.shape[1] // key.shape[1])
+            how = runs, scale or query.shape[-1] ** -0.5
+            return RunAttention.apply(query, key, value, *how).transpose(1, 2)
         out = []
-        for start, end, columns, mask in self.runs[window]:
+        for start, end, columns, mask in self._runs(window, 0):
             k, v = key[:, :, columns], value[:, :, columns]
             how = dict(is_causal=mask is None, scale=scale, enable_gqa=True)
             q = query[:, :, start:end]
@@ -443,7 +463,8 @@ def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return likeliest[:, 0].masked_fill(broken, NOT_A_TOKEN)
     weight = logits.sub_(largest).div_(temperature).exp_()
-    weight = F.pad(weight, (0, -weight.shape[1] % PICK_BLOCK))
+    if over := -weight.shape[1] % PICK_BLOCK:
+        weight = F.pad(weight, (0, over))
     # First which block of the vocabulary, then which token in it: a running sum over V is slow.
     blocks = weight.unflatten(1, (-1, PICK_BLOCK))
     upto = blocks.sum(-1).cumsum(-1)
@@ -629,6 +650,8 @@ class PackedEngine:
         self.device, self.dtype = model.device, model.dtype
         self.cuda = self.device.type == "cuda"
         self.slots = slots or SLOTS[self.device.type]
+        if not self.cuda:
+            keep_freed()
         # How a step of sampling is recorded, to be replayed; None: it is not.
         self.record = cuda.record if self.cuda and graphs and cuda.ABLE else None
         self.decoder, self.config = model.get_decoder(), model.config.get_text_config(decoder=True)

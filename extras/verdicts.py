@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import judge  # noqa: E402
 import rl  # noqa: E402
 import seif  # noqa: E402, F401 (it quiets the libraries)

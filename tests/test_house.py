@@ -103,6 +103,7 @@ def test_trimming_memory_is_left_out_where_the_c_library_cannot(monkeypatch, pla
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(cpu.ctypes, "CDLL", library)
     cpu.trim()
+    cpu.keep_freed()
 
 
 BLOCKED = """
@@ -129,6 +130,15 @@ def test_judge_works_without_torch(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "value=0.0, by='rule'" in done.stdout and "value=1.0, by='judger'" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["bench", "verdicts"])
+def test_a_script_in_extras_takes_no_file_beside_it_for_a_package(name):
+    """extras/cuda.py would be the `cuda` that torch imports."""
+    command = [sys.executable, str(ROOT / "extras" / f"{name}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
 
 
 # ------------------------------------------------------------ what it is made of

@@ -89,11 +89,17 @@ def assert_equal_logprobs(policy, exact, pairs):
     assert ((gradient - exact[1]).norm() / exact[1].norm()).item() < 1e-4
 
 
-def dense(monkeypatch) -> None:
-    """Attention under one dense mask, as on a GPU, instead of run by run."""
-    sight = packing.RowSight
-    forced = lambda row, device, dtype, by_runs: sight(row, device, dtype, by_runs=False)
-    monkeypatch.setattr(packing, "RowSight", forced)
+def attend(monkeypatch, how: str) -> None:
+    """Attention "dense", under one mask as on a GPU, or by "products", as 16 bits on a CPU."""
+    start = packing.RowSight.__init__
+
+    def forced(self, row, device, dtype, by_runs):
+        start(self, row, device, dtype, by_runs=how != "dense")
+        self.products = how == "products"
+
+    monkeypatch.setattr(packing.RowSight, "__init__", forced)
+    # Runs of a few tokens come in pieces, too.
+    monkeypatch.setattr(packing, "PIECE", 3)
 
 
 # ------------------------------------------------------------ packed = plain
@@ -120,9 +126,8 @@ def test_packed_equals_plain(twins, kind, bits, monkeypatch):
     pairs = make_pairs()
     exact = logprobs(plain, pairs)
     layers, chunk = len(packed.model.get_decoder().layers), packed.engine.head.chunk
-    for by_runs in (True, False):
-        if not by_runs:
-            dense(monkeypatch)
+    for how in ("runs", "products", "dense"):
+        attend(monkeypatch, how)
         for budget, recompute, size in ((4096, False, 3), (60, True, chunk)):
             monkeypatch.setattr(packed.engine, "token_budget", budget)
             monkeypatch.setattr(packed.engine, "recompute_all", recompute)
@@ -428,17 +433,26 @@ def test_pack_holds_every_distinct_token_once_and_a_token_sees_its_own_path(budg
     assert list(packing.pack([], budget, prefix)) == []
 
 
-def test_a_row_and_its_runs_say_the_same_about_windows():
-    row = next(packing.pack([p + c for p, c in make_pairs()], 4096))
-    for window in (None, 4, 8, 1000):
-        torch.manual_seed(0)
-        q, k, v = (torch.randn(1, heads, len(row.tokens), 16) for heads in (4, 2, 2))
-        module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True, training=False)
-        how, out = dict(scaling=0.25, sliding_window=window), []
-        for by_runs in (True, False):
-            mask = packing.RowSight(row, q.device, q.dtype, by_runs).handle()
-            out.append(packing.attention(module, q, k, v, mask, **how)[0])
-        torch.testing.assert_close(*out, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("window", [None, 4, 8, 1000])
+def test_a_row_its_runs_and_their_products_say_the_same_values_and_gradients(
+    window, prefix, monkeypatch
+):
+    row = next(packing.pack([[9] * prefix + p + c for p, c in make_pairs()], 4096, prefix))
+    torch.manual_seed(0)
+    length, seen = len(row.tokens), prefix + len(row.tokens)
+    q, k, v = (torch.randn(1, h, n, 16) for h, n in ((4, length), (2, seen), (2, seen)))
+    upstream = torch.randn(1, length, 4, 16)
+    module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True, training=False)
+    results = []
+    for how in ("runs", "products", "dense"):
+        attend(monkeypatch, how)
+        mask = packing.RowSight(row, q.device, q.dtype, True).handle()
+        given = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = packing.attention(module, *given, mask, scaling=0.3, sliding_window=window)[0]
+        results.append([out, *torch.autograd.grad(out, given, upstream)])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------ memory
@@ -538,6 +552,8 @@ def test_few_tokens_on_the_cpu_take_another_way_to_the_same_output(twins, role):
             assert few.shape == (3, 2, layer.base.out_features) and few.is_contiguous()
             many = layer(x.repeat(cpu.FEW_TOKENS, 1, 1))[:3]
             torch.testing.assert_close(few, many, rtol=1e-5, atol=1e-5, msg=name)
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x), few.detach(), rtol=0, atol=0, msg=name)
 
 
 def test_4_bit_layers_too_large_to_unpack_give_the_same_numbers(twins, folders, monkeypatch):
@@ -553,3 +569,4 @@ def test_memory_is_given_back_on_linux_only(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.delattr(cpu.ctypes, "CDLL")
     cpu.trim()
+    cpu.keep_freed()
