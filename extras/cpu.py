@@ -67,8 +67,9 @@ class RunAttention(torch.autograd.Function):
         runs: (start, end, columns, additive mask (1, H / h * tokens, columns))
         """
         out = query.new_empty(*query.shape[:3], value.shape[3])
-        for start, end, *rest in runs:
-            _, _, v, weights = RunAttention.parts((start, end, *rest), query, key, value, scale)
+        for run in runs:
+            start, end = run[:2]
+            _, _, v, weights = RunAttention.parts(run, query, key, value, scale)
             out[0, :, start:end] = (weights @ v).reshape(query.shape[1], end - start, -1)
         ctx.save_for_backward(query, key, value)
         ctx.runs, ctx.scale = runs, scale
