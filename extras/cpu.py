@@ -1,4 +1,4 @@
-"""cpu.py: what makes the engine faster where there is no GPU. The numbers are the same.
+"""cpu.py: what makes the engine faster where there is no GPU. The same numbers, to rounding.
 
 Import it before torch allocates anything: most of the time that is not arithmetic goes there into
 fresh pages of 4 KiB, and large ones have to be asked for.
@@ -40,8 +40,8 @@ def keep_freed() -> None:
 def trim() -> None:
     """Give freed memory back to the system.
 
-    It keeps what was freed in pieces of which tensors of other shapes use little: sampling's and
-    training's peaks would add up.
+    glibc keeps it in pieces of which tensors of other shapes use little: sampling's and training's
+    peaks would add up.
     """
     glibc("malloc_trim", 0)
 
@@ -49,7 +49,7 @@ def trim() -> None:
 class RunAttention(torch.autograd.Function):
     """Attention over a packed row's runs by plain products, for 16 bits.
 
-    sdpa's kernel takes 1.6 times as long there forward, 2 to 3 times with its backward.
+    With sdpa's kernel, whose backward is slow there, an update takes a sixth longer.
     """
 
     @staticmethod

@@ -181,6 +181,7 @@ class RowSight:
         return self.runs[window, tile]
 
     def _run(self, start: int, end: int, before: np.ndarray, window: int | None, tile: int):
+        """One of _runs; its mask (1, 1, tokens, columns), or (1, tile * tokens, columns)"""
         columns = np.concatenate([before, self.row.prefix + np.arange(start, end)])
         # None: plainly causal.
         mask = None
