@@ -4,6 +4,7 @@
     python extras/bench.py update-follower       one of them
     python extras/bench.py --against trl         TRL's GRPOTrainer + peft on the GRPO steps too
     python extras/bench.py --model FOLDER --bits 16 --repeat 5
+    python extras/bench.py --prompts 8 --new 256                 steps as large as a GPU wants them
 
 One JSON line per workload and side. Each side runs in a process of its own, so that its peak
 memory is its own; seconds are the median of --repeat runs after a warm-up. `limit` is the time that
@@ -70,7 +71,14 @@ def peak_mib() -> int:
     return peak >> (20 if sys.platform == "darwin" else 10)
 
 
-def draws(prompts: int, group: int, new: int = NEW) -> torch.Tensor:
+def resize(prompts: int, new: int) -> None:
+    """Steps of so many prompts, completions of so many tokens; 0: as they are."""
+    global NEW
+    NEW = new or NEW
+    STEPS.update({kind: (prompts or step[0], *step[1:]) for kind, step in STEPS.items()})
+
+
+def draws(prompts: int, group: int, new: int) -> torch.Tensor:
     """A draw for each sample and position."""
     return 1 - torch.rand(prompts, group, new)
 
@@ -172,7 +180,7 @@ class Bench:
         def work():
             """What is timed."""
             with self.policy.using("follower"), self.policy.inference():
-                groups = self.engine.sample(prompts, draws(len(prompts), group), 1.0)
+                groups = self.engine.sample(prompts, draws(len(prompts), group, NEW), 1.0)
             groups = rewarded(prompts, groups)
             rl.grpo_step(self.policy, "follower", None, groups, self.optimizer, CFG)
 
@@ -224,9 +232,11 @@ class Bench:
         work = lambda: self.engine.sample(prompts, uniform, 1.0, limits)
         if plain:
             flat = [p for p in prompts for _ in range(GROUP)]
+            # As many side by side as ours.
+            slots = packing.SLOTS[self.device.type]
             work = lambda: [
-                self.generate_plain(flat[i : i + 64], limits[i : i + 64])
-                for i in range(0, len(flat), 64)
+                self.generate_plain(flat[i : i + slots], limits[i : i + slots])
+                for i in range(0, len(flat), slots)
             ]
         useful = sum(limits)
         return self.result(
@@ -339,10 +349,12 @@ def run_trl(kind: str, args) -> dict:
     (model, tokenizer), cuda, clock = trl_model(args), torch.cuda.is_available(), Clock()
     steps = args.repeat + args.warmup
     quiet = dict(report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no")
+    # As lean as ours by default; "fast": all activations of all rows at once.
+    count, fast = STEPS[kind][0], args.against == "trl-fast"
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=GROUP,
-        gradient_accumulation_steps=STEPS[kind][0],
+        per_device_train_batch_size=GROUP * count if fast else GROUP,
+        gradient_accumulation_steps=1 if fast else count,
         num_generations=GROUP,
         max_completion_length=NEW,
         beta=CFG.kl,
@@ -351,7 +363,7 @@ def run_trl(kind: str, args) -> dict:
         use_cpu=not cuda,
         bf16=args.dtype == "bf16",
         fp16=args.dtype == "fp16",
-        gradient_checkpointing=True,
+        gradient_checkpointing=not fast,
         generation_kwargs={"min_new_tokens": NEW},
         use_transformers_continuous_batching=args.against == "trl-cb",
         **quiet,
@@ -385,8 +397,10 @@ def read_arguments():
     how = dict(action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--graphs", help="on a GPU: replay the steps of sampling", **how)
     parser.add_argument("--dtype", default="auto", choices=("auto", *rl.DTYPES))
-    text = "measure TRL on the GRPO steps; cb: its continuous batching"
-    parser.add_argument("--against", choices=("trl", "trl-cb"), help=text)
+    text = "TRL on the GRPO steps; cb: its continuous batching; fast: no gradient checkpointing"
+    parser.add_argument("--against", choices=("trl", "trl-cb", "trl-fast"), help=text)
+    parser.add_argument("--prompts", type=int, default=0, help="of a GRPO step")
+    parser.add_argument("--new", type=int, default=0, help="tokens of each completion of a step")
     return parser.parse_args()
 
 
@@ -404,6 +418,7 @@ def in_a_process(name: str, side: str, args) -> dict:
 def main() -> None:
     """Measure what was asked for."""
     args = read_arguments()
+    resize(args.prompts, args.new)
     if args.dtype == "auto":
         args.dtype = rl.fast_dtype(torch.cuda.is_available())
     if args.side:

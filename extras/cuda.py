@@ -23,9 +23,8 @@ UNPACKED_SHARE = 0.25
 SAMPLES, COLUMNS = 8, 64
 # Rounding may change a token now and then, a wrong recording changes most.
 MOST_DIFFERENT = 0.1
-# Before 2.13, as read in torch's own threads, not seen, a recording that fails leaves its allocator
-# in the belief that it goes on.
-ABLE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+# From the oldest torch on which a recording that fails was seen to leave the allocator sound.
+ABLE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 
 @contextmanager

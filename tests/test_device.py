@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 import judge
 import rl
 import seif
-from extras import packing
+from extras import cuda, packing
 from prompts import chat, messages
 
 GPU = getattr(sys.modules.get("pretend_cuda"), "GPU", None)
 counted = pytest.mark.skipif(GPU is None, reason="counted on the pretended GPU, -p pretend_cuda")
+real = pytest.mark.skipif(GPU is not None or not torch.cuda.is_available(), reason="needs a GPU")
 # By type: the capability of a card that computes in it; how far rounding may move a
 # log-probability, a cumulated probability, a gradient's direction (1 - cosine) and its length.
 CARDS = {"bf16": ((8, 9), 0.12, 0.03, 0.01, 0.15), "fp16": ((7, 5), 0.02, 0.005, 5e-4, 0.02)}
@@ -356,3 +357,54 @@ def test_each_rollout_and_each_update_has_the_memory_of_the_first(tmp_path, monk
         rl.grpo_step(policy, "follower", None, [group], optimizer, cfg)
     assert min(slots) > 0.9 * max(slots) and 1 < slots[0] < 60
     assert max(recomputed) <= allowed < 4
+
+
+# ------------------------------------------------------------ a real GPU
+
+
+@real
+@pytest.mark.parametrize("kind, bits", [("llama", 4), ("qwen2", 16), ("gemma3", 16)])
+def test_a_step_recorded_on_a_gpu_picks_the_same_tokens(folders, kind, bits, monkeypatch):
+    monkeypatch.setattr(cuda, "COLUMNS", 16)
+    policy = rl.load(folders(kind), bits, dtype="fp32")
+    policy.add("follower")
+    randomise(policy, "follower")
+    made, real_one = [], cuda.Replayed
+    monkeypatch.setattr(cuda, "Replayed", lambda *args: made.append(real_one(*args)) or made[-1])
+    ids, uniform = draws(2), 1 - torch.rand(5, 6, 40)
+    prompts, seen = [ids(n) for n in (3, 30, 7, 30, 150)], []
+    with policy.using("follower"):
+        for record in (None, cuda.record):
+            policy.engine.record = record
+            with policy.inference():
+                groups = policy.engine.sample(prompts, uniform, 1.0)
+            seen.append([[rl.cut_at_eos(row, policy.engine.eos) for row in g] for g in groups])
+    (replayed,) = made
+    assert len(replayed.recorded) > 2 and not replayed.off
+    assert seen[0] == seen[1] and len({tuple(row) for g in seen[0] for row in g}) > 20
+
+
+@real
+def test_a_step_that_a_gpu_cannot_record_goes_on_as_it_is(capsys):
+    count = torch.zeros(4, dtype=torch.long, device="cuda")
+
+    def step(n: int, width: int) -> None:
+        count[:n] += 1
+        # A read waits for the device, which no recording can.
+        assert count.sum().item()
+
+    replayed = cuda.Replayed(step, [count])
+    for _ in range(3):
+        replayed(4, 8)
+    assert replayed.off and count.tolist() == [3] * 4
+    assert "no CUDA graph, slower" in capsys.readouterr().out
+    # Neither the allocator nor a later recording minds.
+    held = torch.cuda.memory_allocated()
+    for _ in range(3):
+        torch.ones(1 << 24, device="cuda").cumsum(0)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() == held
+    later = cuda.Replayed(lambda n, width: count[:n].add_(1), [count])
+    for _ in range(3):
+        later(4, 8)
+    assert not later.off and count.tolist() == [6] * 4
