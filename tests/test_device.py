@@ -1,4 +1,4 @@
-"""What a GPU changes: half precision, a large run's defaults, memory that runs out, waits.
+"""What a GPU changes: half precision, the model in every role, memory that runs out, waits.
 
 On whatever device there is. What is counted, host waits and bytes, is counted on the pretended
 GPU alone: `python -m pytest -p pretend_cuda`.
@@ -195,12 +195,12 @@ def test_a_decode_step_neither_reads_from_the_device_nor_sends_to_it(sides, kind
         assert sum(GPU.syncs.values()) == 1 and not GPU.uploads
 
 
-# ------------------------------------------------------------ a large run's defaults
+# ------------------------------------------------------------ the model in every role
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """Flags of a run with a GPU's defaults, the model as Filter and Judger; sizes are tiny."""
+    """Flags of a run in the paper's way, the model as Filter and Judger; sizes are tiny."""
     monkeypatch.setattr(judge, "parse_constraints", tiny.parse)
     monkeypatch.setattr(judge, "recognise", functools.cache(judge.recognise))
     # A random model never writes the think format; a byte is a token here, so no word is one.
@@ -212,8 +212,9 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "BANK", [*tiny.BANK[:4], "Be kind.", "Name a river."])
     make_model(tmp_path / "model", **tiny.MODEL)
     tiny.write_inputs(tmp_path)
-    names = "bits filter judge updates hard_share shots kl temperature".split()
-    usual = {name: seif.ROWS[name].default for name in names} | {"batch": 4, "max_new_tokens": 16}
+    names = "filter updates hard_share kl temperature".split()
+    usual = {name: seif.ROWS[name].metadata["paper"] for name in names}
+    usual |= dict(bits=4, judge="hybrid", shots=2, batch=4, max_new_tokens=16)
     end = ["--think", "--trust-judger"]
     return lambda out, **more: [*tiny.flags(tmp_path, out, **usual | more)[:-1], *end]
 
@@ -222,7 +223,7 @@ def rows_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_two_turns_with_a_gpus_defaults_then_eval_and_chat(job, tmp_path, monkeypatch, capsys):
+def test_two_turns_in_the_papers_way_then_eval_and_chat(job, tmp_path, monkeypatch, capsys):
     assert seif.main(job("run", follower_steps="2,1")) == 0
     run, how = tmp_path / "run", json.loads((tmp_path / "run/config.json").read_text())
     assert (how["bits"], how["updates"], how["think"], how["trust_judger"]) == (4, 4, True, True)

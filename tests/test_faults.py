@@ -98,7 +98,9 @@ def test_ctrl_c_and_a_polite_kill_leave_a_clear_line(setup, tmp_path, processes,
 
 
 LOADS = """
-import sys
+import signal, sys
+# A shell's background jobs begin with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [{root!r}]
 from prompts import constraints
 import langdetect.detector_factory as factory

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import operator
 import re
 import shutil
 import signal
@@ -600,8 +601,16 @@ def test_paper_is_one_flag_and_yields_to_others():
     assert (cfg.think, cfg.hard_share, cfg.reward, cfg.min_words) == (True, 0.5, "hardest", 0)
     # A thought and its answer do not fit into the small preset's tokens.
     assert cfg.kl == 0.5 and cfg.max_new_tokens == 1024
-    # The schedule, too, is not the small one's that goes with a machine without a GPU.
     assert cfg.temperature == cfg.instructor_temperature == 1.0
+
+
+def test_the_papers_epochs_are_not_for_the_small_preset(monkeypatch):
+    schedule = lambda argv: operator.attrgetter(*seif.SCHEDULE)(seif.read_config(argv))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert schedule(["--paper", "--model", "x"]) == ("", "", 0)
+    assert schedule(["--paper"]) == schedule([]) != schedule(["--model", "x"])
+    quick = tuple(seif.QUICK[name] for name in seif.SCHEDULE)
+    assert schedule(["--quick"]) == schedule(["--quick", "--paper"]) == quick
 
 
 def test_the_small_preset_is_for_the_embedded_model_without_a_gpu(monkeypatch):
@@ -614,7 +623,9 @@ def test_the_small_preset_is_for_the_embedded_model_without_a_gpu(monkeypatch):
         cfg = seif.read_config(argv)
         small = model == seif.EMBEDDED
         assert cfg.model == model
-        assert (cfg.filter, cfg.max_new_tokens) == (("rules", 96) if small else ("llm", 1024))
+        assert (cfg.lr, cfg.max_new_tokens) == ((3e-4, 96) if small else (6e-5, 256))
+        # What was seen to learn: rules alone, no soft questions, one update a rollout.
+        assert (cfg.filter, cfg.hard_share, cfg.updates, cfg.group) == ("rules", 1.0, 1, 8)
 
 
 def test_quick_is_a_short_schedule_of_any_model(monkeypatch):
