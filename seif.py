@@ -130,7 +130,8 @@ class Config:
 
 QUICK = dict(turns=2, batch=4, instructor_steps="2,1", follower_steps="3,2", questions=16)
 QUICK |= dict(eval_rows=40)
-SCHEDULE = ("instructor_steps", "follower_steps", "questions")
+# What --paper leaves of the small preset: its epochs would take a CPU a day.
+PACE = ("instructor_steps", "follower_steps", "questions", "lr")
 ROWS = {field.name: field for field in dataclasses.fields(Config)}
 
 
@@ -140,7 +141,7 @@ def flag(name: str) -> str:
 
 
 def read_config(argv: list[str]) -> Config:
-    """Flags over --paper over the small preset over the defaults."""
+    """Flags over --quick over --paper over the small preset over the defaults."""
     how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = argparse.ArgumentParser("seif.py", description=__doc__, **how)
     for name, field in ROWS.items():
@@ -151,7 +152,7 @@ def read_config(argv: list[str]) -> Config:
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **kind)
-    parser.add_argument("--paper", action="store_true", help="the paper's roles, rewards, GRPO")
+    parser.add_argument("--paper", action="store_true", help="the paper's roles, GRPO, schedule")
     parser.add_argument("--quick", action="store_true", help="a schedule of minutes, any model")
     given, unknown = parser.parse_known_args(argv)
     for word in unknown:
@@ -161,8 +162,7 @@ def read_config(argv: list[str]) -> Config:
     preset = lambda name: {k: f.metadata[name] for k, f in ROWS.items() if name in f.metadata}
     small, values = preset("small"), preset("paper") if given.pop("paper") else {}
     if not torch.cuda.is_available() and "model" not in given:
-        # Of the paper's settings all but the schedule: its epochs would take a CPU a day.
-        values = small | values | {name: small[name] for name in SCHEDULE}
+        values = small | values | {name: small[name] for name in PACE}
     values |= QUICK if given.pop("quick") else {}
     cfg = Config(**values | given)
     for name, field in ROWS.items():

@@ -1,4 +1,5 @@
-"""cuda.py: what is to make sampling faster on a GPU. The numbers are the same (tests on the CPU).
+"""cuda.py: what is to make sampling faster on a GPU. The numbers are the same (tests, on
+the CPU and on a GPU).
 
 A token for each sample is little work: a step waits for its thousand launches, and then for the
 weights to be read.
