@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import judge
 from extras import eval as evaluation
+from extras import smollm2
 from prompts import messages
 
 # Samples of each turn and stage in samples.md: the last ones.
@@ -67,6 +68,9 @@ def plan(run) -> str:
         lines.append(
             f"  base: the adapter {cfg.init_follower}, of rank {rank}, where the Follower starts"
         )
+    if cfg.model == smollm2.NAME:
+        lines.append("  a model to see the loop with, most turns cannot be told from it as it was;")
+        lines.append("  README names one that learns")
     size = f"{cfg.batch} prompts x {cfg.group} samples a step"
     limits = f"proposals of {cfg.instructor_tokens} tokens, answers of {cfg.max_new_tokens} at most"
     safe = "Ctrl-C is safe: the same command goes on; after the first step the bar says how long"

@@ -136,6 +136,15 @@ def test_the_plan_and_the_time_left_of_the_whole_run(setup, monkeypatch, capsys)
     assert "turn 1: 2 Instructor steps, q_T, 2 Follower steps" in text
     assert "turn 2: 1 Instructor steps" in text and "2 prompts x 4 samples a step" in text
     assert len(shown) == 11 and shown[-1] == "0 min left"
+    assert "to see the loop with" not in text
+
+
+def test_the_embedded_model_is_said_to_be_small(tmp_path):
+    about = dict(steps=lambda turn, role: 1, asks_a_model=False, written={}, base=None)
+    for model, said in ((smollm2.NAME, True), ("another", False)):
+        cfg = seif.Config(turns=1, model=model)
+        run = types.SimpleNamespace(cfg=cfg, folder=tmp_path, heldout=[], **about)
+        assert ("to see the loop with" in report.plan(run)) == said
 
 
 def test_a_stage_that_a_fork_adds_is_logged_as_it_stands(tmp_path):
