@@ -8,8 +8,9 @@
 
 One turn: the Instructor is trained to write constraints that today's Follower fails (reward 1 - r);
 it writes the questions q_T; the Follower is trained to satisfy them (reward r). The Filter and the
-Judger are the Follower as it stood when the turn began. All are LoRA adapters on one quantised base
-model. `train` is the loop; read on in judge.py (verdicts, rewards) and rl.py (the engine).
+Judger are rules and, if a model is to be asked too, the Follower as it stood when the turn began.
+All are LoRA adapters on one quantised base model. `train` is the loop; read on in judge.py
+(verdicts, rewards) and rl.py (the engine).
 
 A run is a row of units, each a training step, a set of questions or an evaluation; each seeds its
 own random numbers, so that a resumed run repeats what an uninterrupted one would have done.
@@ -110,7 +111,7 @@ class Config:
     think: bool = row(False, "require <think>..</think><answer>..</answer>", paper=True)
     filter: str = row("rules", FILTER, paper="llm", choices=FILTERS)
     min_words: int = row(30, "the Filter rejects what allows fewer words", small=20, paper=0)
-    trust_judger: bool = row(False, "draw soft questions even if the Judger cannot tell")
+    trust_judger: bool = row(False, "believe the model as Judger even if it cannot tell")
     judge: str = row("hybrid", JUDGE, paper="llm", choices=JUDGES)
     reward: str = row("hardest", REWARD, paper="hardest", choices=REWARDS)
     intent_gate: float = row(0.0, INTENT, most=1)
@@ -130,7 +131,8 @@ class Config:
 
 QUICK = dict(turns=2, batch=4, instructor_steps="2,1", follower_steps="3,2", questions=16)
 QUICK |= dict(eval_rows=40)
-# What --paper leaves of the small preset: its epochs would take a CPU a day.
+# What --paper leaves of the small preset: its epochs would take a CPU a day, and in a schedule as
+# short as that its learning rate would teach nothing.
 PACE = ("instructor_steps", "follower_steps", "questions", "lr")
 ROWS = {field.name: field for field in dataclasses.fields(Config)}
 
@@ -173,6 +175,8 @@ def read_config(argv: list[str]) -> Config:
             raise InputError(f"{flag(name)} {value}: must be {limit}")
         if name.endswith("_steps") and value and not re.fullmatch(r"\d+(,\d+)*", value):
             raise InputError(f"{flag(name)} {value}: must be whole numbers, as 4,2")
+    if cfg.trust_judger and (cfg.hard_share, cfg.judge, cfg.filter) == (1, "hybrid", "rules"):
+        raise InputError("--trust-judger: no model is asked; add --hard-share 0.5 or --filter llm")
     return cfg
 
 
@@ -404,10 +408,11 @@ def locked_folder(cfg: Config):
         mend = f"mend or take out {path.name}, or give another --out"
         raise InputError(f"{folder}: cannot be used as run folder ({error}); {mend}") from error
     with held:
-        for name, field in ROWS.items():
-            if old.get(name, own[name]) != own[name] and not field.metadata.get("may_change"):
-                made = f"this run was made with {flag(name)} {old[name]}, not {own[name]}"
-                raise InputError(f"{path}: {made}; give another --out, or the same settings")
+        fixed = [name for name, field in ROWS.items() if not field.metadata.get("may_change")]
+        pairs = [(name, old.get(name, own[name]), own[name]) for name in fixed]
+        if differ := [f"{flag(n)} {was!r}, not {now!r}" for n, was, now in pairs if was != now]:
+            mend = "give another --out, or the same settings"
+            raise InputError(f"{path}: this run was made with {', '.join(differ)}; {mend}")
         replace_file(path, json.dumps(own, indent=2).encode())
         yield begun
 

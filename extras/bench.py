@@ -350,7 +350,7 @@ def run_trl(kind: str, args) -> dict:
     steps = args.repeat + args.warmup
     quiet = dict(report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no")
     # As lean as ours by default; "fast": all activations of all rows at once.
-    count, fast = STEPS[kind][0], args.against == "trl-fast"
+    count, fast = STEPS[kind][0], args.side == "trl-fast"
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=GROUP * count if fast else GROUP,
@@ -365,7 +365,7 @@ def run_trl(kind: str, args) -> dict:
         fp16=args.dtype == "fp16",
         gradient_checkpointing=not fast,
         generation_kwargs={"min_new_tokens": NEW},
-        use_transformers_continuous_batching=args.against == "trl-cb",
+        use_transformers_continuous_batching=args.side == "trl-cb",
         **quiet,
     )
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -69,7 +69,7 @@ def plan(run) -> str:
             f"  base: the adapter {cfg.init_follower}, of rank {rank}, where the Follower starts"
         )
     if cfg.model == smollm2.NAME:
-        lines.append("  a model to see the loop with, most turns cannot be told from it as it was;")
+        lines.append("  a small model, to show the loop: short runs mostly end as they began;")
         lines.append("  README names one that learns")
     size = f"{cfg.batch} prompts x {cfg.group} samples a step"
     limits = f"proposals of {cfg.instructor_tokens} tokens, answers of {cfg.max_new_tokens} at most"

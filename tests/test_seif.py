@@ -136,7 +136,7 @@ def test_the_plan_and_the_time_left_of_the_whole_run(setup, monkeypatch, capsys)
     assert "turn 1: 2 Instructor steps, q_T, 2 Follower steps" in text
     assert "turn 2: 1 Instructor steps" in text and "2 prompts x 4 samples a step" in text
     assert len(shown) == 11 and shown[-1] == "0 min left"
-    assert "to see the loop with" not in text
+    assert "to show the loop" not in text
 
 
 def test_the_embedded_model_is_said_to_be_small(tmp_path):
@@ -144,7 +144,7 @@ def test_the_embedded_model_is_said_to_be_small(tmp_path):
     for model, said in ((smollm2.NAME, True), ("another", False)):
         cfg = seif.Config(turns=1, model=model)
         run = types.SimpleNamespace(cfg=cfg, folder=tmp_path, heldout=[], **about)
-        assert ("to see the loop with" in report.plan(run)) == said
+        assert ("to show the loop" in report.plan(run)) == said
 
 
 def test_a_stage_that_a_fork_adds_is_logged_as_it_stands(tmp_path):
@@ -746,6 +746,13 @@ def test_a_bad_setting_ends_in_one_clear_line(setup, tmp_path, capsys, name, val
     assert says in error(capsys, setup("bad", **{name: value}))
 
 
+def test_to_believe_a_model_that_nobody_asks_is_refused(setup, capsys):
+    argv = [*setup("bad"), "--trust-judger"]
+    assert "--trust-judger: no model is asked" in error(capsys, argv)
+    for more in (["--hard-share", "0.5"], ["--filter", "llm"], ["--judge", "llm"]):
+        assert seif.read_config(argv + more).trust_judger
+
+
 def test_what_is_no_run_folder_cannot_be_used_as_one(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "file: cannot be used as run folder" in error(capsys, tiny.flags(tmp_path, "file"))
@@ -764,6 +771,8 @@ def test_a_run_folder_of_other_settings_is_refused_and_kept(setup, finished, tmp
     same_inputs = tiny.flags(finished.parent, "run")
     argv = [*same_inputs, "--out", run, "--lr", "0.02"]
     assert "made with --lr 0.01, not 0.02;" in error(capsys, argv)
+    argv += ["--follower-steps", ""]
+    assert "--follower-steps '2', not '', --lr 0.01, not 0.02;" in error(capsys, argv)
     assert before == {p: p.read_bytes() for p in before}
     # The folder's own place is no other setting.
     assert seif.main([*same_inputs, "--out", str(run)]) == 0
