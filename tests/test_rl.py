@@ -325,7 +325,8 @@ def test_pick_follows_the_distribution():
 
 @pytest.mark.parametrize("engine", ["plain", "packed"])
 def test_samples_end_with_an_eos_or_at_the_limit_and_say_which(folders, engine):
-    policy = rl.load(folders("llama"), bits=16, engine=engine)
+    # In 16 bits how many columns a step computes, more with a graph, may round a token's odds over.
+    policy = rl.load(folders("llama"), bits=16, engine=engine, dtype="fp32")
     policy.chat.eos.clear()
     policy.chat.eos.update(range(0, 250, 10))
     messages = [ask("Hi"), ask("Hello", ("assistant", "Well, "))]
