@@ -103,7 +103,7 @@ class Config:
     batch: int = row(16, "prompts per training step", small=8, least=1)
     group: int = row(8, "samples per prompt", paper=5, least=2)
     instructor_steps: str = row("4,2", "per turn; empty: one epoch", small="2,1", paper="")
-    follower_steps: str = row("30,12", "empty: 3, 1, 1 epochs", small="8,3", paper="")
+    follower_steps: str = row("30,12", "as above; empty: 3, 1, 1 epochs", small="8,3", paper="")
     questions: int = row(128, "questions in q_T; 0: one per seed", small=48, paper=0)
     # The roles.
     hard_share: float = row(1.0, "of machine-checkable questions", paper=0.5, most=1)
@@ -127,6 +127,11 @@ class Config:
     instructor_tokens: int = row(160, "a proposal's", small=96, paper=512, least=1)
     max_prompt_tokens: int = row(1024, "longer seeds are skipped and counted, never cut", least=1)
     eval_rows: int = row(0, "held-out rows and questions measured per turn; 0: all")
+
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether any verdict of a run is a model's."""
+        return self.hard_share < 1 or self.judge == "llm" or self.filter != "rules"
 
 
 QUICK = dict(turns=2, batch=4, instructor_steps="2,1", follower_steps="3,2", questions=16)
@@ -175,7 +180,7 @@ def read_config(argv: list[str]) -> Config:
             raise InputError(f"{flag(name)} {value}: must be {limit}")
         if name.endswith("_steps") and value and not re.fullmatch(r"\d+(,\d+)*", value):
             raise InputError(f"{flag(name)} {value}: must be whole numbers, as 4,2")
-    if cfg.trust_judger and (cfg.hard_share, cfg.judge, cfg.filter) == (1, "hybrid", "rules"):
+    if cfg.trust_judger and not cfg.asks_a_model:
         raise InputError("--trust-judger: no model is asked; add --hard-share 0.5 or --filter llm")
     return cfg
 
@@ -200,7 +205,7 @@ def train(cfg: Config) -> None:
             print(report.plan(run))
         for turn in range(1, cfg.turns + 1):
             freeze_roles(run, turn)
-            for _ in run.left(turn, "qualification", int(run.asks_a_model)):
+            for _ in run.left(turn, "qualification", int(run.cfg.asks_a_model)):
                 run.log(qualify_roles(run))
             for step in run.left(turn, "instructor", run.steps(turn, "instructor")):
                 run.log(instructor_step(run, turn, step))
@@ -408,9 +413,12 @@ def locked_folder(cfg: Config):
         mend = f"mend or take out {path.name}, or give another --out"
         raise InputError(f"{folder}: cannot be used as run folder ({error}); {mend}") from error
     with held:
-        fixed = [name for name, field in ROWS.items() if not field.metadata.get("may_change")]
-        pairs = [(name, old.get(name, own[name]), own[name]) for name in fixed]
-        if differ := [f"{flag(n)} {was!r}, not {now!r}" for n, was, now in pairs if was != now]:
+        differ = [
+            f"{flag(name)} {old[name]!r}, not {own[name]!r}"
+            for name, field in ROWS.items()
+            if old.get(name, own[name]) != own[name] and not field.metadata.get("may_change")
+        ]
+        if differ:
             mend = "give another --out, or the same settings"
             raise InputError(f"{path}: this run was made with {', '.join(differ)}; {mend}")
         replace_file(path, json.dumps(own, indent=2).encode())
@@ -433,7 +441,7 @@ class Run:
         # Templates that tell the date keep telling it, after midnight and when resumed.
         self.policy.chat.today = begun
         encode = self.policy.chat.encode
-        messages.check_limits(cfg, encode, self.asks_a_model, self.policy.model.config)
+        messages.check_limits(cfg, encode, cfg.asks_a_model, self.policy.model.config)
         self.seeds = messages.usable(seeds, cfg, encode)
         self.digest = messages.digest(self.seeds, cfg.init_follower)
         self.optimizers = {}
@@ -507,15 +515,10 @@ class Run:
         return ["hard" if self.draw.random() < share else "soft" for _ in seeds]
 
     @property
-    def asks_a_model(self) -> bool:
-        """Whether any verdict of this run is a model's."""
-        return self.cfg.hard_share < 1 or self.cfg.judge == "llm" or self.cfg.filter != "rules"
-
-    @property
     def trusts_judger(self) -> bool:
         """Whether the model's verdicts count; under --judge llm they do, measured or not."""
         trusted = self.cfg.trust_judger or self.cfg.judge == "llm" or self.judger.believed
-        return self.asks_a_model and trusted
+        return self.cfg.asks_a_model and trusted
 
     def ask(self, prompts: list[list[dict]]) -> list[float]:
         """The Judger's and the Filter's P(yes), nan for none: the frozen Follower's."""

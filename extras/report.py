@@ -51,7 +51,7 @@ def schedule(run) -> dict[tuple[int, str], int]:
     """(turn, stage) -> steps, of the whole run"""
     turns = range(1, run.cfg.turns + 1)
     steps = {(t, role): run.steps(t, role) for t in turns for role in ("instructor", "follower")}
-    ones = ["questions", "evaluation", *["qualification"] * run.asks_a_model]
+    ones = ["questions", "evaluation", *["qualification"] * run.cfg.asks_a_model]
     return steps | {(t, stage): 1 for t in turns for stage in ones}
 
 

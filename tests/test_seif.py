@@ -140,7 +140,7 @@ def test_the_plan_and_the_time_left_of_the_whole_run(setup, monkeypatch, capsys)
 
 
 def test_the_embedded_model_is_said_to_be_small(tmp_path):
-    about = dict(steps=lambda turn, role: 1, asks_a_model=False, written={}, base=None)
+    about = dict(steps=lambda turn, role: 1, written={}, base=None)
     for model, said in ((smollm2.NAME, True), ("another", False)):
         cfg = seif.Config(turns=1, model=model)
         run = types.SimpleNamespace(cfg=cfg, folder=tmp_path, heldout=[], **about)
@@ -150,15 +150,15 @@ def test_the_embedded_model_is_said_to_be_small(tmp_path):
 def test_a_stage_that_a_fork_adds_is_logged_as_it_stands(tmp_path):
     unit = dict(turn=1, stage="polish", step=0)
     bar = types.SimpleNamespace(set_postfix_str=lambda text: None)
-    about = dict(cfg=seif.Config(turns=1), steps=lambda turn, role: 1, asks_a_model=False)
+    about = dict(cfg=seif.Config(turns=1), steps=lambda turn, role: 1)
     run = types.SimpleNamespace(unit=unit, folder=tmp_path, unit_start=0.0, bar=bar, **about)
     row = report.show(run, dict(metrics={"loss": 1.0}, seconds={"rollout": 2.0}))
     assert row == unit | {"loss": 1.0, "seconds": {"rollout": 2.0}}
 
 
 def test_time_left_is_what_each_stage_took_times_what_is_left_of_it():
-    cfg = types.SimpleNamespace(turns=2)
-    run = types.SimpleNamespace(cfg=cfg, steps=lambda turn, role: 3, asks_a_model=False)
+    cfg = seif.Config(turns=2)
+    run = types.SimpleNamespace(cfg=cfg, steps=lambda turn, role: 3)
     row = lambda turn, stage, wall: dict(turn=turn, stage=stage, wall=wall)
     rows = [row(1, "instructor", 50.0), row(1, "instructor", 70.0)]
     # Twelve steps and four others, of which two are done: 14 minutes.
