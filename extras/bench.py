@@ -325,19 +325,22 @@ def trl_rows(kind: str, steps: int) -> list[dict]:
     return [{"prompt": [{"role": "user", "content": content}]} for content in contents]
 
 
-class Clock(transformers.TrainerCallback):
-    """When each of the trainer's steps begins, and when the last one ends."""
+def make_clock():
+    """A callback whose stamps say when each of the trainer's steps begins, and when all end."""
 
-    def __init__(self):
-        self.stamps = []
-
-    def on_step_begin(self, *args, **kwargs):
+    # Here: our own sides, whose memory is measured, import no trainer.
+    class Clock(transformers.TrainerCallback):
         """Called by the trainer."""
-        self.stamps.append(time.perf_counter())
 
-    def on_train_end(self, *args, **kwargs):
-        """Called by the trainer."""
-        self.stamps.append(time.perf_counter())
+        stamps = []
+
+        def on_step_begin(self, *args, **kwargs):
+            """A step begins."""
+            self.stamps.append(time.perf_counter())
+
+        on_train_end = on_step_begin
+
+    return Clock()
 
 
 def run_trl(kind: str, args) -> dict:
@@ -346,7 +349,7 @@ def run_trl(kind: str, args) -> dict:
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    (model, tokenizer), cuda, clock = trl_model(args), torch.cuda.is_available(), Clock()
+    (model, tokenizer), cuda, clock = trl_model(args), torch.cuda.is_available(), make_clock()
     steps = args.repeat + args.warmup
     quiet = dict(report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no")
     # As lean as ours by default; "fast": all activations of all rows at once.

@@ -5,8 +5,12 @@ fresh pages of 4 KiB, and large ones have to be asked for.
 """
 
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,10 @@ from torch import Tensor, nn
 
 # Read by torch at its first allocation, ignored where the system has none.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# oneDNN compiles a kernel of half a MiB for each shape that it meets, and would keep the last 1,024
+# of them, as torch's layer above does once more. Those of a layer serve all others.
+for cache_of_kernels in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(cache_of_kernels, "256")
 
 # Options of glibc's mallopt: up to how many MiB freed memory is kept (M_TRIM_THRESHOLD), and a
 # tensor is no mapping of its own (M_MMAP_THRESHOLD, 32 at the most).
@@ -52,6 +60,19 @@ class RunAttention(torch.autograd.Function):
     With sdpa's kernel, whose backward is slow there, an update takes a sixth longer.
     """
 
+    # The results of a layer that will be computed again, and whether this is that time.
+    kept: list[Tensor] | None = None
+    again = False
+
+    @classmethod
+    def of(cls, query, key, value, runs: list[tuple], scale: float) -> Tensor:
+        """Its result, computed once."""
+        known = cls.kept.pop(0) if cls.again and cls.kept else None
+        out = cls.apply(query, key, value, runs, scale, known)
+        if cls.kept is not None and not cls.again:
+            cls.kept.append(out.detach())
+        return out
+
     @staticmethod
     def parts(run: tuple, query, key, value, scale) -> tuple:
         """A run's q, k, v, each (kv heads, ., D), and its weights; the queries of a key together"""
@@ -61,18 +82,21 @@ class RunAttention(torch.autograd.Function):
         return q, k, v, torch.baddbmm(mask, q, k.mT).softmax(-1)
 
     @staticmethod
-    def forward(ctx, query, key, value, runs: list[tuple], scale: float):
+    def forward(ctx, query, key, value, runs: list[tuple], scale: float, known=None):
         """query (1, H, L, D), key and value (1, h, P + L, D) -> (1, H, L, D)
 
-        runs: (start, end, columns, additive mask (1, H / h * tokens, columns))
+        runs: (start, end, columns, additive mask (1, H / h * tokens, columns)); known: the result,
+        where it has been computed before.
         """
+        ctx.save_for_backward(query, key, value)
+        ctx.runs, ctx.scale = runs, scale
+        if known is not None:
+            return known
         out = query.new_empty(*query.shape[:3], value.shape[3])
         for run in runs:
             start, end = run[:2]
             _, _, v, weights = RunAttention.parts(run, query, key, value, scale)
             out[0, :, start:end] = (weights @ v).reshape(query.shape[1], end - start, -1)
-        ctx.save_for_backward(query, key, value)
-        ctx.runs, ctx.scale = runs, scale
         return out
 
     @staticmethod
@@ -89,7 +113,17 @@ class RunAttention(torch.autograd.Function):
             of_scores.sub_((of_scores * weights).sum(-1, keepdim=True)).mul_(weights)
             of_key[0][:, columns] += of_scores.mT @ q
             of_query[0, :, start:end] = (of_scores @ k).reshape(query.shape[1], end - start, -1)
-        return of_query.mul_(ctx.scale), of_key, of_value, None, None
+        return of_query.mul_(ctx.scale), of_key, of_value, None, None, None
+
+
+@contextmanager
+def remembering(kept: list[Tensor], again: bool) -> Iterator[None]:
+    """Attention's results are put into `kept` and, `again`, taken from there, in their order."""
+    RunAttention.kept, RunAttention.again = kept, again
+    try:
+        yield
+    finally:
+        RunAttention.kept, RunAttention.again = None, False
 
 
 class UnpackedLinear(nn.Linear):
@@ -113,16 +147,37 @@ class UnpackedLinear(nn.Linear):
         return y.T.contiguous().unflatten(0, x.shape[:-1])
 
 
-def four_bit(model: nn.Module, most: float) -> dict[str, nn.Module]:
-    """name -> 4-bit layer; none if their values in the model's type take more than `most` bytes."""
-    quantised = lambda m: hasattr(getattr(m, "weight", None), "quant_state")
-    layers = {name: m for name, m in model.named_modules() if quantised(m)}
-    size = sum(m.in_features * m.out_features for m in layers.values()) * model.dtype.itemsize
-    return layers if size <= most else {}
+@cache
+def packs(dtype: torch.dtype) -> bool:
+    """Does `packed` pay here, and does it compute W x + b?"""
+    # In fp32 a step of 64 samples takes 8 % longer with it where AVX2 is all there is.
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if dtype != torch.bfloat16 and not (wide and dtype == torch.float32):
+        return False
+    x, weight = torch.linspace(-1, 2, 96), torch.linspace(-2, 1, 1536)
+    x, weight, bias = (t.to(dtype) for t in (x.view(3, 32), weight.view(48, 32), torch.ones(48)))
+    try:
+        y = packed(weight, bias)(x)
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return False
+    return torch.allclose(y, F.linear(x, weight, bias), rtol=0.02, atol=0.1)
+
+
+def packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """x -> W x + b by a copy of W in the order in which oneDNN multiplies few rows fastest.
+
+    With W as it is a step of 16 samples takes up to twice as long in its products. The two calls
+    are the ones that torch.compile makes, and not public.
+    """
+    operations = torch.ops.mkldnn
+    weight = operations._reorder_linear_weight(weight, FEW_TOKENS)
+    return lambda x: operations._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def values(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """A 4-bit layer's weights, unpacked: (out, in)"""
+    """A linear layer's weights, unpacked if they are 4-bit: (out, in)"""
+    if not hasattr(layer.weight, "quant_state"):
+        return layer.weight
     # Here, for it talks when imported.
     from bitsandbytes.functional import dequantize_4bit
 
@@ -134,7 +189,12 @@ def unpack(model: nn.Module) -> None:
 
     bitsandbytes unpacks each weight at each call on the CPU: 40 % of a sampling step.
     """
-    for name, layer in four_bit(model, UNPACK_MIB * 2**20).items():
+    quantised = lambda m: hasattr(getattr(m, "weight", None), "quant_state")
+    layers = {name: m for name, m in model.named_modules() if quantised(m)}
+    size = sum(m.in_features * m.out_features for m in layers.values()) * model.dtype.itemsize
+    for name, layer in layers.items() if size <= UNPACK_MIB * 2**20 else ():
         parent, _, leaf = name.rpartition(".")
         unpacked = UnpackedLinear(values(layer, model.dtype), layer.bias)
         setattr(model.get_submodule(parent), leaf, unpacked)
+    gc.collect()
+    trim()

@@ -1,49 +1,20 @@
-"""cuda.py: what is to make sampling faster on a GPU. The numbers are the same (tests, on
-the CPU and on a GPU).
+"""cuda.py: a step of sampling is recorded once for each size of the batch, and replayed in one
+launch. The numbers are the same (tests, on the CPU and on a GPU).
 
-A token for each sample is little work: a step waits for its thousand launches, and then for the
-weights to be read.
-
-    Replayed   a step is recorded once for each size of the batch, and replayed in one launch
-    unpacked   4-bit weights are unpacked once a rollout instead of once a step, where they fit
+A token for each sample is little work: without it a GPU waits for a step's thousand launches.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from extras.cpu import four_bit, values
-
-# Of a GPU's free memory, what the unpacked weights may take; the rest is for keys and values.
-UNPACKED_SHARE = 0.25
 # A recording serves batches up to so many samples more, and up to so many columns.
 SAMPLES, COLUMNS = 8, 64
 # Rounding may change a token now and then, a wrong recording changes most.
 MOST_DIFFERENT = 0.1
 # From the oldest torch on which a recording that fails was seen to leave the allocator sound.
 ABLE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
-
-
-@contextmanager
-def unpacked(model, free: int) -> Iterator[None]:
-    """4-bit layers compute with their values as 16 bits, if a share of `free` bytes holds them.
-
-    For more than a few rows bitsandbytes unpacks at each call: read, written and read again.
-    """
-    layers = four_bit(model, UNPACKED_SHARE * free).values()
-    try:
-        for layer in layers:
-            weight = values(layer, model.dtype)
-            bias = None if layer.bias is None else layer.bias.to(model.dtype)
-            layer.forward = partial(F.linear, weight=weight, bias=bias)
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
 
 def record(work: Callable[[], None], pool) -> Callable[[], None]:

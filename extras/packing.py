@@ -14,7 +14,6 @@ here knows of adapters or roles.
 import gc
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,8 +26,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from extras import cuda
+from extras import cpu, cuda
 from extras.cpu import RunAttention, keep_freed, trim
+from extras.fused import CPU_MIB, SHARE, fused, watched
 
 # Logits held at once, in elements, whatever the vocabulary: 128 MiB of fp32, 32 on the CPU.
 HEAD_CHUNK = {"cuda": 1 << 25, "cpu": 1 << 23}
@@ -202,7 +202,7 @@ class RowSight:
         if self.products:
             runs = self._runs(window, query.shape[1] // key.shape[1])
             how = runs, scale or query.shape[-1] ** -0.5
-            return RunAttention.apply(query, key, value, *how).transpose(1, 2)
+            return RunAttention.of(query, key, value, *how).transpose(1, 2)
         out = []
         for start, end, columns, mask in self._runs(window, 0):
             k, v = key[:, :, columns], value[:, :, columns]
@@ -663,6 +663,8 @@ class PackedEngine:
         # The smallest window of any layer, 0 where what all share cannot be attended to in one
         # place; and how many of the last layers are recomputed.
         self.window, self.recomputed, self.recompute_all = float("inf"), 0, False
+        # Linear layers that are given the same tensor.
+        self.together: list[list] = []
         for place, layer in enumerate(reversed(layers), 1):
             layer.forward = partial(self._recomputing, layer.forward, place)
 
@@ -674,12 +676,11 @@ class PackedEngine:
 
         limits: the most tokens of each sample, if not the same for all.
         """
-        trim()
         if not self.since_full:
             # What an out-of-memory has left in circles.
             gc.collect()
         self._recover()
-        with cuda.unpacked(self.model, self.free_bytes()) if self.cuda else nullcontext():
+        with self.fused():
             return Sampler(self, prompts, uniform, temperature, limits).run()
 
     def logprobs(self, pairs: list, temperature: float = 1.0) -> Iterator[tuple[list, list]]:
@@ -757,6 +758,14 @@ class PackedEngine:
             own = RowCache(cache)
             yield row, own, self._forward(row, own)
 
+    def fused(self):
+        """A context without gradients: the model's linear layers by fewer and larger products."""
+        if self.cuda:
+            return fused(self.together, self.dtype, SHARE * self.free_bytes())
+        trim()
+        most = CPU_MIB * 2**20 if cpu.packs(self.dtype) else 0
+        return fused(self.together, self.dtype, most, cpu.packed)
+
     # -------------------------------------------- memory
 
     def free_bytes(self) -> int:
@@ -771,7 +780,10 @@ class PackedEngine:
     def _recomputing(self, forward, place: int, /, *args, **kwargs):
         """A layer's forward, which keeps no activations if its place from the end says so."""
         if place <= self.recomputed:
-            how = dict(use_reentrant=False, preserve_rng_state=False)
+            # One of a layer's twenty activations, and the dearest to compute.
+            kept = []
+            twice = lambda: (cpu.remembering(kept, False), cpu.remembering(kept, True))
+            how = dict(use_reentrant=False, preserve_rng_state=False, context_fn=twice)
             return checkpoint(forward, *args, **how, **kwargs)
         return forward(*args, **kwargs)
 
@@ -786,8 +798,12 @@ class PackedEngine:
         # Kept per token and layer, in vectors of the hidden and of the inner size: counted on a
         # Llama by saved-tensor hooks; where layers differ in it, the largest.
         inner = np.max(getattr(self.config, "intermediate_size", 4 * self.config.hidden_size))
-        kept = tokens * (9 * self.config.hidden_size + 4 * inner) * self.dtype.itemsize
-        return layers - min(layers, int(limit / kept))
+        hidden = tokens * self.config.hidden_size * self.dtype.itemsize
+        kept = 9 * hidden + 4 * tokens * inner * self.dtype.itemsize
+        # A recomputed layer keeps its input, and on the CPU the result of its attention.
+        least = hidden * (1 if self.cuda else 2)
+        spared = (limit - layers * least) / (kept - least)
+        return layers - min(layers, max(0, int(spared)))
 
     # -------------------------------------------- is it exact?
 
@@ -831,10 +847,11 @@ class PackedEngine:
         ours = [torch.empty(0)] * 2
         WINDOWS.clear()
         BENDS.clear()
-        for row in pack(sequences, self.token_budget):
-            hidden = self._forward(row)
-            for i, path in zip(row.members, row.paths):
-                ours[i] = hidden[torch.from_numpy(path).to(self.device)]
+        with watched(self.layers, self.dtype) as self.together:
+            for row in pack(sequences, self.token_budget):
+                hidden = self._forward(row)
+                for i, path in zip(row.members, row.paths):
+                    ours[i] = hidden[torch.from_numpy(path).to(self.device)]
         self.head.fit(torch.cat([self.head.module(h).float() for h in ours]), torch.cat(exact))
         ours = [self.head.logits(h) for h in ours]
         windows = {w for w in WINDOWS if w}
@@ -842,16 +859,19 @@ class PackedEngine:
         declared = getattr(self.config, "sliding_window", None)
         if "sliding_attention" in kinds and declared not in windows:
             return f"a window of {declared} that attention is not told of"
+        off, largest = furthest(ours, exact), torch.cat(exact).abs().max().item()
+        # Large, and copies of the weights are next.
+        del exact, ours
         sampler = Sampler(self, sequences, torch.full((2, 1, 4), 0.5), 0.0)
-        for slot, sample in enumerate(sampler.sample.tolist()):
-            begun = sequences[sample] + [int(sampler.token[slot])]
-            exact.append(self._plain_logits(begun)[-1:])
-        ours += list(sampler.next_logits(*sampler.sizes()).split(1))
-        largest = torch.cat(exact).abs().max().item()
-        off, limit = furthest(ours, exact) / largest, TOLERANCE[self.dtype]
+        begun = [*zip(sampler.sample.tolist(), sampler.token.tolist())]
+        exact = [self._plain_logits(sequences[i] + [token])[-1:] for i, token in begun]
+        with self.fused():
+            ours = list(sampler.next_logits(*sampler.sizes()).split(1))
+        # A nan is off, too.
+        off = max(off, furthest(ours, exact), key=lambda x: (x != x, x)) / largest
+        limit = TOLERANCE[self.dtype]
         if self.dtype != torch.float32:
             limit = max(limit, min(MOST_NOISE, 1.5 * noise / largest))
-        # A nan is off, too.
         return "" if off < limit else f"logits off by {off:.1%} of the largest"
 
     def _plain_logits(self, ids: list[int], attention: str = "eager") -> Tensor:

@@ -11,7 +11,7 @@ from conftest import KINDS, OTHERS, make_model, randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rl
-from extras import cpu, cuda, packing
+from extras import cpu, cuda, fused, packing
 
 CFG = types.SimpleNamespace(temperature=1.0, updates=1, kl=0.05)
 ENDS = set(range(0, 256, 16))  # frequent: samples finish, and are replaced, at different times
@@ -358,20 +358,83 @@ def test_sizes_of_recordings_are_few_and_large_enough():
         assert n <= samples < max(2 * n, n + 8) and n <= columns < n + 64
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_unpacked_for_a_while_4_bit_layers_compute_the_same(folders, kind, monkeypatch):
+@pytest.mark.parametrize("role", [None, "follower"])
+@pytest.mark.parametrize("product", [None, cpu.packed])
+@pytest.mark.parametrize(
+    "kind, bits, together",
+    [("llama", 4, "qkv o gu d"), ("qwen2", 16, "qkv o gu d"), ("phi3", 4, "q o g d")],
+)
+def test_layers_of_one_input_are_one_product(
+    folders, kind, bits, together, product, role, monkeypatch
+):
     monkeypatch.setattr(cpu, "UNPACK_MIB", 0)
-    policy = load(folders(kind), "packed", 4)
-    layers = [layer.base for layer in policy.lora.values()]
-    inputs = [torch.randn(5, layer.in_features) for layer in layers]
-    expected = [layer(x) for layer, x in zip(layers, inputs)]
-    size = sum(layer.in_features * layer.out_features for layer in layers) * 4
-    for free, fits in ((4 * size, True), (4 * size - 1, False)):
-        with cuda.unpacked(policy.model, free):
-            assert all(("forward" in vars(layer)) == fits for layer in layers)
-            for layer, x, y in zip(layers, inputs, expected):
-                torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
-        assert not any("forward" in vars(layer) for layer in layers)
+    policy = load(folders(kind), "packed", bits)
+    randomise(policy, "follower")
+    groups, dtype = policy.engine.together, policy.model.dtype
+    name = {layer: name.split(".")[-1] for name, layer in policy.lora.items()}
+    layers = len(policy.model.get_decoder().layers)
+    assert ["".join(name[m][0] for m in group) for group in groups] == together.split() * layers
+    inputs = [torch.randn(2, 5, group[0].base.in_features) for group in groups]
+    size = sum(m.base.in_features * m.base.out_features for m in policy.lora.values()) * 4
+    with policy.using(role), policy.inference():
+        expected = [[m(x) for m in group] for group, x in zip(groups, inputs)]
+        for most, fits in ((size, True), (size - 1, False)):
+            with fused.fused(groups, dtype, most, product):
+                assert all(("forward" in vars(m)) == fits for m in policy.lora.values())
+                for group, x, values in zip(groups, inputs, expected):
+                    first = [m(x) for m in group]
+                    # In another order, for another tensor, for the same tensor with other values.
+                    assert not torch.equal(group[-1](x + 1), values[-1])
+                    again = [m(x) for m in reversed(group)][::-1]
+                    torch.testing.assert_close([first, again], [values] * 2, rtol=1e-4, atol=1e-5)
+                    group[0](x.mul_(2))
+                    torch.testing.assert_close(group[0](x.div_(2)), values[0], rtol=1e-4, atol=1e-5)
+            assert not any("forward" in vars(m) for m in policy.lora.values())
+
+
+@pytest.mark.parametrize("kind, bits", [("llama", 4), ("qwen2", 16), ("gemma3", 16)])
+def test_sampling_by_fewer_products_picks_the_same_tokens(twins, kind, bits, monkeypatch):
+    packed, plain = twins(kind, bits)
+    made, real = [], fused.Fused
+    monkeypatch.setattr(cpu, "packs", lambda dtype: True)
+    monkeypatch.setattr(fused, "Fused", lambda *args: made.append(real(*args)) or made[-1])
+    for texts in (TEXTS, TEXTS[:1]):
+        assert tokens(packed, asks(*texts), 3, 12, 1.0) == tokens(plain, asks(*texts), 3, 12, 1.0)
+    assert len(made) == 2 * len(packed.engine.together) > 4
+
+
+def no_such_call(weight, bias):
+    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
+
+
+def without_bias(weight, bias):
+    return lambda x: x @ weight.T
+
+
+@pytest.mark.parametrize("packed", [no_such_call, without_bias])
+def test_weights_are_packed_only_where_it_computes_the_same(packed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    state = torch.get_rng_state()
+    assert [cpu.packs.__wrapped__(torch.float32), cpu.packs.__wrapped__(torch.float16)] == [1, 0]
+    assert torch.equal(state, torch.get_rng_state())
+    monkeypatch.setattr(cpu, "packed", packed)
+    assert not any(map(cpu.packs.__wrapped__, (torch.float32, torch.bfloat16)))
+
+
+def test_attention_of_a_recomputed_layer_is_computed_once(twins, monkeypatch):
+    packed, _ = twins("llama")
+    attend(monkeypatch, "products")
+    calls, real = [], cpu.RunAttention.parts
+    counted = lambda *args: calls.append(1) or real(*args)
+    monkeypatch.setattr(cpu.RunAttention, "parts", counted)
+    counts = []
+    for recompute in (False, True):
+        monkeypatch.setattr(packed.engine, "recompute_all", recompute)
+        calls.clear()
+        logprobs(packed, make_pairs())
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 10
+    assert cpu.RunAttention.kept is None and not cpu.RunAttention.again
 
 
 def test_one_token_one_prompt_and_nothing_at_all(twins):

@@ -1,0 +1,135 @@
+"""fused.py: sampling with fewer and larger products. The numbers are the same, to rounding.
+
+While a batch is decoded the weights and the role's adapter stand still. Layers that are given the
+same tensor (q, k and v; gate and up) are multiplied as one, their LoRA with them:
+
+    z = [A1; A2; ...] x
+    [y1; y2; ...] = [W1; W2; ... | diag(s B1, s B2, ...)] [x; z]
+
+It takes a copy of the weights: 4 bits are unpacked to 16, which bitsandbytes would do at each call,
+and on a CPU they are put in the order in which it multiplies fastest.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from extras.cpu import UnpackedLinear, values
+
+# What the copy may take: of a GPU's free memory, the rest is for keys and values; and on the CPU.
+SHARE, CPU_MIB = 0.25, 2048
+# Ranks are filled up to a multiple: kernels are slower where a row of numbers begins elsewhere.
+ALIGNED = 8
+
+
+def base_of(layer: nn.Module) -> nn.Module:
+    """The layer without its LoRA."""
+    return getattr(layer, "base", layer)
+
+
+def lora_of(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """A (r, in) and s B (out, r) of the role in use; r is 0 where there is none."""
+    role = layer.use["role"] if hasattr(layer, "use") else None
+    if role is not None:
+        return layer.A[role], layer.scale[role] * layer.B[role]
+    base = base_of(layer)
+    empty = partial(torch.empty, device=base.weight.device)
+    return empty(0, base.in_features), empty(base.out_features, 0)
+
+
+def dense(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Does it compute W x + b, and do we know its W?"""
+    base = base_of(layer)
+    plain = type(base) in (nn.Linear, UnpackedLinear) and base.weight.dtype == dtype
+    return plain or (isinstance(base, nn.Linear) and hasattr(base.weight, "quant_state"))
+
+
+@contextmanager
+def watched(layers: nn.Module, dtype: torch.dtype) -> Iterator[list[list[nn.Module]]]:
+    """A list to be filled, as the model computes: linear layers that are given the same tensor."""
+    groups, given, seen = [], [], set()
+
+    def note(layer: nn.Module, args: tuple) -> None:
+        """Called before the layer."""
+        x = args[0] if args else None
+        if layer in seen or x is None:
+            return
+        seen.add(layer)
+        # Held, or another tensor would get its address.
+        if not given or given[-1][0] is not x or given[-1][1] != x._version:
+            given.append((x, x._version))
+            groups.append([])
+        groups[-1].append(layer)
+
+    inner = {getattr(m, "base", None) for m in layers.modules()}
+    linear = [m for m in layers.modules() if m not in inner and dense(m, dtype)]
+    hooks = [layer.register_forward_pre_hook(note) for layer in linear]
+    try:
+        yield groups
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Fused:
+    """Layers that are given the same tensor, as one product; the first one called computes all."""
+
+    def __init__(self, layers: list[nn.Module], dtype: torch.dtype, product: Callable):
+        bases = [base_of(layer) for layer in layers]
+        weights = [values(base, dtype) for base in bases]
+        self.sizes, weight, self.down = [len(w) for w in weights], torch.cat(weights), None
+        down, up = zip(*map(lora_of, layers))
+        down, up = torch.cat(down), torch.block_diag(*up)
+        if len(down):
+            pad = -len(down) % ALIGNED
+            self.down = product(F.pad(down, (0, 0, 0, pad)).to(dtype), None)
+            weight = torch.cat([weight, F.pad(up, (0, pad)).to(dtype)], 1)
+        biases = [base.bias for base in bases]
+        if any(bias is not None for bias in biases):
+            zeros = [w.new_zeros(len(w)) for w in weights]
+            own = [zero if bias is None else bias for bias, zero in zip(biases, zeros)]
+            biases = [torch.cat(own).to(dtype)]
+        self.product = product(weight, biases[0])
+        # The tensor they were given last, its version, and what it gives those not yet called.
+        self.x, self.version, self.ready = None, 0, {}
+
+    def forward(self, place: int, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out of this layer)"""
+        if self.x is not x or self.version != x._version or place not in self.ready:
+            y = self.product(x if self.down is None else torch.cat([x, self.down(x)], -1))
+            self.ready = dict(enumerate(y.split(self.sizes, -1)))
+            self.x, self.version = x, x._version
+        mine = self.ready.pop(place)
+        if not self.ready:
+            self.x = None
+        return mine
+
+
+def size(groups: list[list[nn.Module]], dtype: torch.dtype) -> int:
+    """Bytes of their weights in that type."""
+    bases = [base_of(layer) for group in groups for layer in group]
+    return sum(b.in_features * b.out_features for b in bases) * dtype.itemsize
+
+
+@contextmanager
+def fused(groups: list, dtype: torch.dtype, most: float, product=None) -> Iterator[None]:
+    """Without gradients, the groups' layers compute as one, if a copy takes at most `most` bytes.
+
+    product(weight, bias) -> x -> W x + b
+    """
+    groups = groups if size(groups, dtype) <= most else []
+    product = product or (lambda weight, bias: partial(F.linear, weight=weight, bias=bias))
+    try:
+        for group in groups:
+            one = Fused(group, dtype, product)
+            for place, layer in enumerate(group):
+                layer.forward = partial(one.forward, place)
+        yield
+    finally:
+        for group in groups:
+            for layer in group:
+                layer.__dict__.pop("forward", None)
