@@ -179,9 +179,14 @@ def packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     return lambda x: operations._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def is_four_bit(layer: nn.Module) -> bool:
+    """Whether bitsandbytes holds its weight in 4 bits."""
+    return hasattr(getattr(layer, "weight", None), "quant_state")
+
+
 def values(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """A linear layer's weights, unpacked if they are 4-bit: (out, in)"""
-    if not hasattr(layer.weight, "quant_state"):
+    if not is_four_bit(layer):
         return layer.weight
     # Here, for it talks when imported.
     from bitsandbytes.functional import dequantize_4bit
@@ -194,8 +199,7 @@ def unpack(model: nn.Module) -> None:
 
     bitsandbytes unpacks each weight at each call on the CPU: 40 % of a sampling step.
     """
-    quantised = lambda m: hasattr(getattr(m, "weight", None), "quant_state")
-    layers = {name: m for name, m in model.named_modules() if quantised(m)}
+    layers = {name: m for name, m in model.named_modules() if is_four_bit(m)}
     size = sum(m.in_features * m.out_features for m in layers.values()) * model.dtype.itemsize
     if size > UNPACK_MIB * 2**20:
         return

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.cpu import UnpackedLinear, values
+from extras.cpu import UnpackedLinear, is_four_bit, values
 
 # What the copy may take: of a GPU's free memory, the rest is for keys and values; and on the CPU.
 SHARE, CPU_MIB = 0.25, 2048
@@ -45,7 +45,7 @@ def dense(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Does it compute W x + b, and do we know its W?"""
     base = base_of(layer)
     plain = type(base) in (nn.Linear, UnpackedLinear) and base.weight.dtype == dtype
-    return plain or (isinstance(base, nn.Linear) and hasattr(base.weight, "quant_state"))
+    return plain or (isinstance(base, nn.Linear) and is_four_bit(base))
 
 
 @contextmanager

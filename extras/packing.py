@@ -781,7 +781,7 @@ class PackedEngine:
     def _recomputing(self, forward, place: int, /, *args, **kwargs):
         """A layer's forward, which keeps no activations if its place from the end says so."""
         if place <= self.recomputed:
-            # One of a layer's twenty activations, and the dearest to compute.
+            # For its size the dearest of a layer's activations to compute.
             kept = []
             twice = lambda: (cpu.remembering(kept, False), cpu.remembering(kept, True))
             how = dict(use_reentrant=False, preserve_rng_state=False, context_fn=twice)
@@ -801,7 +801,7 @@ class PackedEngine:
         inner = np.max(getattr(self.config, "intermediate_size", 4 * self.config.hidden_size))
         hidden = tokens * self.config.hidden_size * self.dtype.itemsize
         kept = 9 * hidden + 4 * tokens * inner * self.dtype.itemsize
-        # A recomputed layer keeps its input, and RunAttention its result, here as if as large.
+        # A recomputed layer keeps its input, and RunAttention its result, taken to be as large.
         least = hidden * (1 if self.cuda or self.dtype == torch.float32 else 2)
         spared = (limit - layers * least) / (kept - least)
         return layers - min(layers, max(0, int(spared)))
