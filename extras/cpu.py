@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
+import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,9 +30,11 @@ if platform.machine() in ("x86_64", "AMD64"):
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
     os.environ.setdefault("LRU_CACHE_CAPACITY", KERNELS)
 
-# Options of glibc's mallopt: up to how many MiB freed memory is kept (M_TRIM_THRESHOLD), and a
-# tensor is no mapping of its own (M_MMAP_THRESHOLD, 32 at the most).
-KEPT_MIB = {-1: 2047, -3: 32}
+# Options of glibc's mallopt: up to how many bytes freed memory is kept (M_TRIM_THRESHOLD, at the
+# most), and no tensor is a mapping of its own (M_MMAP_MAX).
+KEEP = {-1: 2047 << 20, -4: 0}
+# Of the machine's memory: with less than this left, freed memory goes back to the system.
+SHORT = 0.25
 # Up to here MKL multiplies, in fp32, a tall matrix by a narrow one faster than the other way round.
 FEW_TOKENS = 64
 # 4-bit weights whose values take no more are held unpacked.
@@ -45,24 +49,90 @@ def glibc(name: str, *numbers: int) -> None:
 
 
 def keep_freed() -> None:
-    """Freed memory stays the process's own: fresh pages cost a sampling step a tenth and more."""
-    for option, mib in KEPT_MIB.items():
-        glibc("mallopt", option, mib << 20)
+    """Freed memory stays the process's own: fresh pages cost a step a tenth and more."""
+    for option, value in KEEP.items():
+        glibc("mallopt", option, value)
 
 
-def trim() -> None:
-    """Give freed memory back to the system.
+def trim(short: float = SHORT) -> None:
+    """Give freed memory back to the system, where less than that share of it is left.
 
-    glibc keeps it in pieces of which tensors of other shapes use little: sampling's and training's
-    peaks would add up.
+    glibc keeps it in pieces, of which tensors of other shapes do not use all: sampling's and
+    training's peaks add up to a tenth more.
     """
-    glibc("malloc_trim", 0)
+    memory = psutil.virtual_memory()
+    if memory.available < short * memory.total:
+        glibc("malloc_trim", 0)
+
+
+class Ragged:
+    """Lists of positions in a row as a matrix (m, T); a short one repeats its last."""
+
+    def __init__(self, lists: list[np.ndarray]):
+        sizes = np.array([len(positions) for positions in lists])
+        steps = np.arange(sizes.max())
+        # (m, T): which of its list an entry is.
+        self.which = np.minimum(steps, sizes[:, None] - 1)
+        at = np.concatenate([x[i] for x, i in zip(lists, self.which)])
+        self.shape = self.which.shape
+        # (m T, 1): 0 where an entry is a repeat; None: none is.
+        self.first = None
+        if sizes.min() < len(steps):
+            self.first = torch.from_numpy(steps < sizes[:, None]).flatten()[:, None]
+        straight = bool((np.diff(at) == 1).all())
+        # A slice where one serves: no copy.
+        self.at = slice(int(at[0]), int(at[-1]) + 1) if straight else torch.from_numpy(at)
+
+    def of(self, t: Tensor, heads: int, blank: bool = False) -> Tensor:
+        """(H, L, D) -> (heads, m, H / heads * T, D), where repeats are zeros if `blank`"""
+        t = t[:, self.at]
+        if blank and self.first is not None:
+            t = t * self.first
+        t = t.unflatten(1, self.shape).unflatten(0, (heads, -1))
+        return t.transpose(1, 2).flatten(2, 3)
+
+    def back(self, t: Tensor) -> Tensor:
+        """(heads, m, H / heads * T, D) -> (H, m T, D)"""
+        t = t.unflatten(2, (-1, self.shape[1])).transpose(1, 2).flatten(0, 1)
+        return t.flatten(1, 2)
+
+
+def add(t: Tensor, at, values: Tensor) -> None:
+    """t[:, at] += values, where a position may come several times."""
+    if isinstance(at, slice):
+        t[:, at] += values
+    else:
+        t.index_add_(1, at, values.contiguous())
+
+
+class Siblings:
+    """Tokens of a packed row whose attention is computed at once: all see the columns `far`.
+
+    pieces: (the columns that the last token sees beyond those, how many tokens, the end of the
+    tokens in the row).
+    """
+
+    def __init__(self, far: np.ndarray, pieces: list[tuple], window: int | None, times: int, dtype):
+        self.far = Ragged([far]).at if len(far) else slice(0, 0)
+        self.near = Ragged([columns for columns, _, _ in pieces])
+        self.tokens = Ragged([np.arange(end - count, end) for _, count, end in pieces])
+        # Columns are one path, and its last are the tokens: to be no deeper is to be seen.
+        ahead = np.array([[len(far) + len(columns) - count] for columns, count, _ in pieces])
+        query, columns = ahead + self.tokens.which, np.arange(len(far) + self.near.shape[1])
+        distance = torch.from_numpy(query[..., None] - columns)
+        hidden = (distance < 0) | (distance >= window) if window else distance < 0
+        # From this column on there is something to hide.
+        self.masked = 0 if window else len(far)
+        zeros = torch.zeros(hidden.shape, dtype=dtype)
+        # (m, times * T, columns), additive
+        mask = zeros.masked_fill_(hidden, -torch.inf)[..., self.masked :]
+        self.mask = mask.repeat(1, times, 1)
 
 
 class RunAttention(torch.autograd.Function):
-    """Attention over a packed row's runs by plain products, for 16 bits.
+    """Attention over a packed row by plain products, what siblings share read in one place.
 
-    With sdpa's kernel, whose backward is slow there, an update takes a sixth longer.
+    sdpa would be given it once for each of them, and its backward pass is slow in 16 bits.
     """
 
     # The results of a layer that will be computed again, and whether this is that time.
@@ -70,54 +140,68 @@ class RunAttention(torch.autograd.Function):
     again = False
 
     @classmethod
-    def of(cls, query, key, value, runs: list[tuple], scale: float) -> Tensor:
+    def of(cls, query, key, value, batches: list[Siblings], scale: float) -> Tensor:
         """Its result; in a layer that is computed again, the one of the first time."""
         known = cls.kept.pop(0) if cls.again and cls.kept else None
-        out = cls.apply(query, key, value, runs, scale, known)
+        out = cls.apply(query, key, value, batches, scale, known)
         if cls.kept is not None and not cls.again:
             cls.kept.append(out.detach())
         return out
 
     @staticmethod
-    def parts(run: tuple, query, key, value, scale) -> tuple:
-        """A run's q, k, v, each (kv heads, ., D), and its weights; the queries of a key together"""
-        start, end, columns, mask = run
-        k, v = key[0][:, columns], value[0][:, columns]
-        q = query[0, :, start:end].reshape(len(k), -1, query.shape[-1]) * scale
-        return q, k, v, torch.baddbmm(mask, q, k.mT).softmax(-1)
+    def outer(x: Tensor, far: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        """x (h, m, n, D), far (h, F, D), near (h, m, C, D) -> x far^T, x near^T: (h, m, n, .)"""
+        return (x.flatten(1, 2) @ far.mT).unflatten(1, x.shape[1:3]), x @ near.mT
 
     @staticmethod
-    def forward(ctx, query, key, value, runs: list[tuple], scale: float, known=None):
+    def inner(two, far: Tensor, near: Tensor) -> Tensor:
+        """Two (h, m, n, .), far (h, F, D), near (h, m, C, D) -> x far + y near: (h, m, n, D)"""
+        x, y = two
+        return (x.flatten(1, 2) @ far).unflatten(1, x.shape[1:3]) + y @ near
+
+    @classmethod
+    def parts(cls, batch: Siblings, query, key, value, scale) -> tuple:
+        """q (h, m, n, D); k, v and the weights (h, m, n, .), each of these far and near"""
+        heads = key.shape[1]
+        q = batch.tokens.of(query[0], heads) * scale
+        k, v = ((t[0][:, batch.far], batch.near.of(t[0], heads)) for t in (key, value))
+        scores = torch.cat(cls.outer(q, *k), -1)
+        scores[..., batch.masked :] += batch.mask
+        return q, k, v, scores.softmax(-1).split([t.shape[-2] for t in k], -1)
+
+    @staticmethod
+    def forward(ctx, query, key, value, batches: list[Siblings], scale: float, known=None):
         """query (1, H, L, D), key and value (1, h, P + L, D) -> (1, H, L, D)
 
-        runs: (start, end, columns, additive mask (1, H / h * tokens, columns)); known: the result,
-        where it has been computed before.
+        known: the result, where it has been computed before.
         """
-        ctx.save_for_backward(query, key, value)
-        ctx.runs, ctx.scale = runs, scale
-        if known is not None:
-            return known
-        out = query.new_empty(*query.shape[:3], value.shape[3])
-        for run in runs:
-            start, end = run[:2]
-            _, _, v, weights = RunAttention.parts(run, query, key, value, scale)
-            out[0, :, start:end] = (weights @ v).reshape(query.shape[1], end - start, -1)
+        out = query.new_empty(*query.shape[:3], value.shape[3]) if known is None else known
+        for batch in batches if known is None else ():
+            _, _, v, weights = RunAttention.parts(batch, query, key, value, scale)
+            out[0][:, batch.tokens.at] = batch.tokens.back(RunAttention.inner(weights, *v))
+        ctx.save_for_backward(query, key, value, out)
+        ctx.batches, ctx.scale = batches, scale
         return out
 
     @staticmethod
     def backward(ctx, upstream):
         """(1, H, L, D) -> the gradients of query, key and value; the weights are computed again"""
-        query, key, value = ctx.saved_tensors
+        query, key, value, out = ctx.saved_tensors
         of_query, of_key, of_value = (torch.zeros_like(t) for t in (query, key, value))
-        for run in ctx.runs:
-            q, k, v, weights = RunAttention.parts(run, query, key, value, ctx.scale)
-            start, end, columns, _ = run
-            up = upstream[0, :, start:end].reshape(len(k), -1, v.shape[-1])
-            of_value[0][:, columns] += weights.mT @ up
-            of_scores = up @ v.mT
-            of_scores.sub_((of_scores * weights).sum(-1, keepdim=True)).mul_(weights)
-            of_key[0][:, columns] += of_scores.mT @ q
-            of_query[0, :, start:end] = (of_scores @ k).reshape(query.shape[1], end - start, -1)
+        # The sum over columns of a weight times its gradient.
+        shared = (upstream * out).sum(-1, keepdim=True)
+        for batch in ctx.batches:
+            tokens = batch.tokens
+            q, k, v, weights = RunAttention.parts(batch, query, key, value, ctx.scale)
+            up, less = (tokens.of(t[0], len(key[0]), blank=True) for t in (upstream, shared))
+            scores = RunAttention.outer(up, *v)
+            for x, weight in zip(scores, weights):
+                x.sub_(less).mul_(weight)
+            for grad, (far, near), y in ((of_value, weights, up), (of_key, scores, q)):
+                # y^T far, whose wide factor is not copied, for far^T y.
+                add(grad[0], batch.far, (y.flatten(1, 2).mT @ far.flatten(1, 2)).mT)
+                add(grad[0], batch.near.at, batch.near.back(near.mT @ y))
+            add(of_query[0], tokens.at, tokens.back(RunAttention.inner(scores, *k)))
         return of_query.mul_(ctx.scale), of_key, of_value, None, None, None
 
 
@@ -211,4 +295,4 @@ def unpack(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), leaf, unpacked)
         del layer
     gc.collect()
-    trim()
+    trim(short=1)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,24 +28,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from extras import cpu, cuda
-from extras.cpu import RunAttention, keep_freed, trim
+from extras.cpu import RunAttention, Siblings, keep_freed, trim
 from extras.fused import CPU_MIB, SHARE, fused, watched
 
-# Logits held at once, in elements, whatever the vocabulary: 128 MiB of fp32, 32 on the CPU.
-HEAD_CHUNK = {"cuda": 1 << 25, "cpu": 1 << 23}
+# Logits held at once, in elements, whatever the vocabulary: 128 MiB of fp32, 64 on the CPU.
+HEAD_CHUNK = {"cuda": 1 << 25, "cpu": 1 << 24}
 # From so many tokens common to all prompts on, a sampling step reads them in one place.
 SHARED_FROM = 128
 # Tokens of the vocabulary summed together when sampling.
 PICK_BLOCK = 256
 # Finished samples are looked for every so many tokens: on CUDA a look waits for the device.
 LOOK_EVERY = {"cuda": 8, "cpu": 1}
-# Tokens of a run whose attention is computed at once, as RunAttention does.
-PIECE = 128
+# RunAttention's groups: tokens of a run; what their lengths, and what they follow, differ by;
+# scores of a head held at once.
+PIECE, ALIKE, SCORES = 128, 32, 1 << 19
 # Samples decoded side by side, at most: beyond, a step only gets longer.
 SLOTS = {"cuda": 256, "cpu": 64}
-# Without a GPU: MiB of keys and values, at most, and of activations kept for the backward pass,
-# since fresh memory costs there almost what it saves.
-CPU_KV_MIB, CPU_ACTIVATION_MIB = 1024, 64
+# Without a GPU: MiB of keys and values, and of activations kept for the backward pass; of these no
+# more than a share of what was free when the engine was made.
+CPU_KV_MIB, CPU_ACTIVATION_MIB, CPU_SHARE = 1024, 1024, 0.25
 # Of what is free on a GPU, for either: keys and values are gone when activations come.
 GPU_SHARE = 0.8
 # As rl.NOT_A_TOKEN: where logits are no numbers.
@@ -131,19 +133,47 @@ def _lay_out(arrays: list, members: list[int], shared: list[int], size: int, pre
 # ------------------------------------------------------------------------------ attention
 
 
+def siblings(row: Row) -> list[tuple[np.ndarray, list[tuple]]]:
+    """The row's runs in short pieces, in groups for extras.cpu.Siblings: (far, pieces) each.
+
+    Together are those as long that follow the same tokens, or these and a few more: completions of
+    one prompt, some of which begin alike.
+    """
+    groups, opened = [], {}
+    for start, end, before in row.runs:
+        path = np.concatenate([before, row.prefix + np.arange(start, end)])
+        for at in range(start, end, PIECE):
+            upto = min(at + PIECE, end)
+            kind, seen = (at - start, (upto - at) // ALIKE), len(before) + upto - start
+            # What its members follow, how much of it they share, and the most that one follows.
+            group = opened.get(kind)
+            far = min(group["far"], common_prefix(group["first"], before)) if group else 0
+            deepest = max(group["deepest"], len(before)) if group else 0
+            scores = group and (len(group["pieces"]) + 1) * (upto - at + ALIKE) * (seen + ALIKE)
+            if not group or deepest - far > ALIKE or scores > SCORES:
+                group = opened[kind] = dict(first=before, pieces=[])
+                groups.append(group)
+                far = deepest = len(before)
+            group |= dict(far=far, deepest=deepest)
+            group["pieces"].append((path[:seen], upto - at, upto))
+    return [
+        (g["first"][: g["far"]], [(path[g["far"] :], *rest) for path, *rest in g["pieces"]])
+        for g in groups
+    ]
+
+
 class RowSight:
     """What the tokens of a packed row see; attention over it, in windows of any size.
 
-    On a GPU one large kernel under one mask; on the CPU run by run, each over the tokens that it
-    sees and no others: the whole row would be L * L scores, most of them masked.
+    On a GPU one large kernel under one mask; on the CPU by runs, each over the tokens that it sees
+    and no others: the whole row would be L * L scores, most of them masked.
     """
 
     def __init__(self, row: Row, device: torch.device, dtype: torch.dtype, by_runs: bool):
         self.row, self.device, self.dtype, self.by_runs = row, device, dtype, by_runs
-        self.products = dtype != torch.float32
         self.depth = np.concatenate([np.arange(row.prefix), row.depth])
         self.masks: dict[int | None, Tensor] = {}
-        self.runs: dict[tuple, list] = {}
+        self.batches: dict[int | None, list[Siblings]] = {}
 
     def handle(self) -> Tensor:
         """The attention mask to give to the model: carries this object to every layer."""
@@ -167,49 +197,20 @@ class RowSight:
             self.masks[window] = self._additive(seen)
         return self.masks[window]
 
-    def _runs(self, window: int | None, tile: int) -> list[tuple]:
-        """(start, end, columns, mask) of each run; for RunAttention (tile > 0) in short pieces."""
-        if (window, tile) not in self.runs:
-            most = PIECE if tile else len(self.row.tokens)
-            own = lambda start, end: self.row.prefix + np.arange(start, end)
-            pieces = [
-                (at, min(at + most, end), np.concatenate([before, own(start, at)]))
-                for start, end, before in self.row.runs
-                for at in range(start, end, most)
-            ]
-            self.runs[window, tile] = [self._run(*piece, window, tile) for piece in pieces]
-        return self.runs[window, tile]
-
-    def _run(self, start: int, end: int, before: np.ndarray, window: int | None, tile: int):
-        """One of _runs; its mask (1, 1, tokens, columns), or (1, tile * tokens, columns)"""
-        columns = np.concatenate([before, self.row.prefix + np.arange(start, end)])
-        # None: plainly causal.
-        mask = None
-        if tile or len(before) or (window and end - start > window):
-            # Along one path, to be no deeper is to be seen.
-            distance = self.row.depth[start:end, None] - self.depth[columns]
-            mask = self._additive((distance >= 0) & (distance < (window or len(columns) + 1)))
-        if tile:
-            mask = mask[0].repeat(1, tile, 1)
-        straight = int(columns[-1]) == len(columns) - 1
-        # A slice where one serves: no copy.
-        return start, end, slice(0, len(columns)) if straight else torch.from_numpy(columns), mask
+    def _siblings(self, window: int | None, times: int) -> list[Siblings]:
+        """The runs in short pieces, those together that are as long and follow nearly the same."""
+        if window not in self.batches:
+            groups = siblings(self.row)
+            self.batches[window] = [Siblings(*group, window, times, self.dtype) for group in groups]
+        return self.batches[window]
 
     def attend(self, module, query, key, value, scale, window, bend) -> Tensor:
         """query (1, H, L, D), key and value (1, h, P + L, D) -> (1, L, H, D)"""
         if not self.by_runs or bend:
             return masked(module, query, key, value, self._mask(window), scale, bend)
-        if self.products:
-            runs = self._runs(window, query.shape[1] // key.shape[1])
-            how = runs, scale or query.shape[-1] ** -0.5
-            return RunAttention.of(query, key, value, *how).transpose(1, 2)
-        out = []
-        for start, end, columns, mask in self._runs(window, 0):
-            k, v = key[:, :, columns], value[:, :, columns]
-            how = dict(is_causal=mask is None, scale=scale, enable_gqa=True)
-            q = query[:, :, start:end]
-            out.append(F.scaled_dot_product_attention(q, k, v, mask, **how))
-        return torch.cat(out, 2).transpose(1, 2)
+        batches = self._siblings(window, query.shape[1] // key.shape[1])
+        scale = scale or query.shape[-1] ** -0.5
+        return RunAttention.of(query, key, value, batches, scale).transpose(1, 2)
 
 
 class SlotSight:
@@ -652,6 +653,7 @@ class PackedEngine:
         self.device, self.dtype = model.device, model.dtype
         self.cuda = self.device.type == "cuda"
         self.slots = slots or SLOTS[self.device.type]
+        self.cpu_free = psutil.virtual_memory().available
         if not self.cuda:
             keep_freed()
         # How a step of sampling is recorded, to be replayed; None: it is not.
@@ -795,14 +797,16 @@ class PackedEngine:
             return 0
         if self.recompute_all:
             return layers
-        limit = GPU_SHARE * self.free_bytes() if self.cuda else CPU_ACTIVATION_MIB * 2**20
+        limit = min(CPU_ACTIVATION_MIB * 2**20, CPU_SHARE * self.cpu_free)
+        if self.cuda:
+            limit = GPU_SHARE * self.free_bytes()
         # Kept per token and layer, in vectors of the hidden and of the inner size: counted on a
         # Llama by saved-tensor hooks; where layers differ in it, the largest.
         inner = np.max(getattr(self.config, "intermediate_size", 4 * self.config.hidden_size))
         hidden = tokens * self.config.hidden_size * self.dtype.itemsize
         kept = 9 * hidden + 4 * tokens * inner * self.dtype.itemsize
         # A recomputed layer keeps its input, and RunAttention its result, taken to be as large.
-        least = hidden * (1 if self.cuda or self.dtype == torch.float32 else 2)
+        least = hidden * (1 if self.cuda else 2)
         spared = (limit - layers * least) / (kept - least)
         return layers - min(layers, max(0, int(spared)))
 

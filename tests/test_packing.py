@@ -91,12 +91,11 @@ def assert_equal_logprobs(policy, exact, pairs):
 
 
 def attend(monkeypatch, how: str) -> None:
-    """Attention "dense", under one mask as on a GPU, or by "products", as 16 bits on a CPU."""
+    """Attention "dense", under one mask as on a GPU, or by "runs", as on a CPU."""
     start = packing.RowSight.__init__
 
     def forced(self, row, device, dtype, by_runs):
-        start(self, row, device, dtype, by_runs=how != "dense")
-        self.products = how == "products"
+        start(self, row, device, dtype, by_runs=how == "runs")
 
     monkeypatch.setattr(packing.RowSight, "__init__", forced)
     # Runs of a few tokens come in pieces, too.
@@ -127,7 +126,7 @@ def test_packed_equals_plain(twins, kind, bits, monkeypatch):
     pairs = make_pairs()
     exact = logprobs(plain, pairs)
     layers, chunk = len(packed.model.get_decoder().layers), packed.engine.head.chunk
-    for how in ("runs", "products", "dense"):
+    for how in ("runs", "dense"):
         attend(monkeypatch, how)
         for budget, recompute, size in ((4096, False, 3), (60, True, chunk)):
             monkeypatch.setattr(packed.engine, "token_budget", budget)
@@ -162,10 +161,10 @@ def no_norms(model) -> None:
 @pytest.mark.parametrize("fault", ["window", "mask", "cache", "norm", "error"])
 def test_the_check_at_loading_notices_what_packing_gets_wrong(folders, fault, monkeypatch, capsys):
     kind = "mistral-window" if fault == "window" else "llama"
-    run, fill = packing.RowSight._run, packing.SlotCache.fill
+    real, fill = packing.Siblings, packing.SlotCache.fill
     target, name, wrong = {
-        "window": (packing.RowSight, "_run", lambda *args: run(*args[:4], None)),
-        "mask": (packing.RowSight, "_run", lambda *args: run(*args[:3], args[3][:0], args[4])),
+        "window": (packing, "Siblings", lambda far, seen, _, *how: real(far, seen, None, *how)),
+        "mask": (packing, "Siblings", lambda far, *how: real(far[:0], *how)),
         "cache": (packing.SlotCache, "fill", lambda *args: fill(*args[:3], args[3][1:])),
         "norm": (packing, "fuse_norms", no_norms),
         "error": (packing.RowSight, "attend", lambda *args: torch.zeros(2) @ torch.zeros(3)),
@@ -426,7 +425,7 @@ def test_weights_are_packed_only_where_it_computes_the_same(packed, monkeypatch)
 
 def test_attention_of_a_recomputed_layer_is_computed_once(twins, monkeypatch):
     packed, _ = twins("llama")
-    attend(monkeypatch, "products")
+    attend(monkeypatch, "runs")
     calls, real = [], cpu.RunAttention.parts
     counted = lambda *args: calls.append(1) or real(*args)
     monkeypatch.setattr(cpu.RunAttention, "parts", counted)
@@ -499,26 +498,41 @@ def test_pack_holds_every_distinct_token_once_and_a_token_sees_its_own_path(budg
     assert list(packing.pack([], budget, prefix)) == []
 
 
+def ragged(prefix: int) -> packing.Row:
+    """A tree of two prompts, nine completions each of 1 to 9 tokens, some with a common start."""
+    draw = np.random.default_rng(prefix)
+    prompts = [[9] * prefix + [5, 6], [9] * prefix + [5, 7, 8, 8, 7]]
+    ends = lambda: [draw.integers(3, 7, n).tolist() for n in range(1, 10)]
+    return next(packing.pack([p + end for p in prompts for end in ends()], 4096, prefix))
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 1000])
 @pytest.mark.parametrize("prefix", [0, 3])
-@pytest.mark.parametrize("window", [None, 4, 8, 1000])
-def test_a_row_its_runs_and_their_products_say_the_same_values_and_gradients(
-    window, prefix, monkeypatch
+@pytest.mark.parametrize("piece, alike, scores", [(3, 32, 1), (3, 2, 1 << 22), (128, 32, 1 << 22)])
+def test_a_row_by_runs_has_the_values_and_gradients_of_one_under_a_mask(
+    window, prefix, piece, alike, scores, monkeypatch
 ):
-    row = next(packing.pack([[9] * prefix + p + c for p, c in make_pairs()], 4096, prefix))
+    row = ragged(prefix)
     torch.manual_seed(0)
     length, seen = len(row.tokens), prefix + len(row.tokens)
     q, k, v = (torch.randn(1, h, n, 16) for h, n in ((4, length), (2, seen), (2, seen)))
     upstream = torch.randn(1, length, 4, 16)
     module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True, training=False)
-    results = []
-    for how in ("runs", "products", "dense"):
-        attend(monkeypatch, how)
-        mask = packing.RowSight(row, q.device, q.dtype, True).handle()
+    for name, value in (("PIECE", piece), ("ALIKE", alike), ("SCORES", scores)):
+        monkeypatch.setattr(packing, name, value)
+    results, sights = [], []
+    for by_runs in (True, False):
+        sights.append(packing.RowSight(row, q.device, q.dtype, by_runs))
         given = [t.clone().requires_grad_() for t in (q, k, v)]
-        out = packing.attention(module, *given, mask, scaling=0.3, sliding_window=window)[0]
+        how = dict(scaling=0.3, sliding_window=window)
+        out = packing.attention(module, *given, sights[-1].handle(), **how)[0]
         results.append([out, *torch.autograd.grad(out, given, upstream)])
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    batches = sights[0].batches[window]
+    tokens = np.concatenate([np.unique(np.arange(length)[b.tokens.at]) for b in batches])
+    assert sorted(tokens) == list(range(length))
+    largest = max(batch.tokens.shape[0] for batch in batches)
+    assert largest > 3 if scores > 1 else largest == 1
 
 
 # ------------------------------------------------------------ memory
