@@ -106,23 +106,23 @@ def add(t: Tensor, at, values: Tensor) -> None:
 
 
 class Siblings:
-    """Tokens of a packed row whose attention is computed at once: all see the columns `far`.
+    """Tokens of a packed row whose attention is computed at once: the first `far` columns that
+    they see are the same.
 
-    pieces: (the columns that the last token sees beyond those, how many tokens, the end of the
-    tokens in the row).
+    pieces: (the columns that the last token sees, how many tokens, their end in the row).
     """
 
-    def __init__(self, far: np.ndarray, pieces: list[tuple], window: int | None, times: int, dtype):
-        self.far = Ragged([far]).at if len(far) else slice(0, 0)
-        self.near = Ragged([columns for columns, _, _ in pieces])
+    def __init__(self, far: int, pieces: list[tuple], window: int | None, times: int, dtype):
+        self.far = Ragged([pieces[0][0][:far]]).at if far else slice(0, 0)
+        self.near = Ragged([columns[far:] for columns, _, _ in pieces])
         self.tokens = Ragged([np.arange(end - count, end) for _, count, end in pieces])
         # Columns are one path, and its last are the tokens: to be no deeper is to be seen.
-        ahead = np.array([[len(far) + len(columns) - count] for columns, count, _ in pieces])
-        query, columns = ahead + self.tokens.which, np.arange(len(far) + self.near.shape[1])
+        ahead = np.array([[len(columns) - count] for columns, count, _ in pieces])
+        query, columns = ahead + self.tokens.which, np.arange(far + self.near.shape[1])
         distance = torch.from_numpy(query[..., None] - columns)
         hidden = (distance < 0) | (distance >= window) if window else distance < 0
         # From this column on there is something to hide.
-        self.masked = 0 if window else len(far)
+        self.masked = 0 if window else far
         zeros = torch.zeros(hidden.shape, dtype=dtype)
         # (m, times * T, columns), additive
         mask = zeros.masked_fill_(hidden, -torch.inf)[..., self.masked :]

@@ -133,8 +133,19 @@ def _lay_out(arrays: list, members: list[int], shared: list[int], size: int, pre
 # ------------------------------------------------------------------------------ attention
 
 
-def siblings(row: Row) -> list[tuple[np.ndarray, list[tuple]]]:
-    """The row's runs in short pieces, in groups for extras.cpu.Siblings: (far, pieces) each.
+@dataclass
+class Group:
+    """Pieces of runs: (the columns that a piece's last token sees, how many tokens, their end)."""
+
+    # What its first member follows, how much of that all do, and the most that one follows.
+    first: np.ndarray
+    far: int
+    deepest: int
+    pieces: list[tuple[np.ndarray, int, int]]
+
+
+def siblings(row: Row) -> list[Group]:
+    """The row's runs in short pieces, in groups for extras.cpu.Siblings.
 
     Together are those as long that follow the same tokens, or these and a few more: completions of
     one prompt, some of which begin alike.
@@ -145,21 +156,17 @@ def siblings(row: Row) -> list[tuple[np.ndarray, list[tuple]]]:
         for at in range(start, end, PIECE):
             upto = min(at + PIECE, end)
             kind, seen = (at - start, (upto - at) // ALIKE), len(before) + upto - start
-            # What its members follow, how much of it they share, and the most that one follows.
-            group = opened.get(kind)
-            far = min(group["far"], common_prefix(group["first"], before)) if group else 0
-            deepest = max(group["deepest"], len(before)) if group else 0
-            scores = group and (len(group["pieces"]) + 1) * (upto - at + ALIKE) * (seen + ALIKE)
-            if not group or deepest - far > ALIKE or scores > SCORES:
-                group = opened[kind] = dict(first=before, pieces=[])
-                groups.append(group)
+            group = opened.get(kind, Group(before, 0, 0, []))
+            far = min(group.far, common_prefix(group.first, before))
+            deepest = max(group.deepest, len(before))
+            scores = (len(group.pieces) + 1) * (upto - at + ALIKE) * (seen + ALIKE)
+            if not group.pieces or deepest - far > ALIKE or scores > SCORES:
                 far = deepest = len(before)
-            group |= dict(far=far, deepest=deepest)
-            group["pieces"].append((path[:seen], upto - at, upto))
-    return [
-        (g["first"][: g["far"]], [(path[g["far"] :], *rest) for path, *rest in g["pieces"]])
-        for g in groups
-    ]
+                group = opened[kind] = Group(before, far, deepest, [])
+                groups.append(group)
+            group.far, group.deepest = far, deepest
+            group.pieces.append((path[:seen], upto - at, upto))
+    return groups
 
 
 class RowSight:
@@ -173,7 +180,8 @@ class RowSight:
         self.row, self.device, self.dtype, self.by_runs = row, device, dtype, by_runs
         self.depth = np.concatenate([np.arange(row.prefix), row.depth])
         self.masks: dict[int | None, Tensor] = {}
-        self.batches: dict[int | None, list[Siblings]] = {}
+        # By window, and query heads per key head.
+        self.batches: dict[tuple[int | None, int], list[Siblings]] = {}
 
     def handle(self) -> Tensor:
         """The attention mask to give to the model: carries this object to every layer."""
@@ -183,26 +191,25 @@ class RowSight:
         mask.sight = self
         return mask
 
-    def _additive(self, seen: np.ndarray) -> Tensor:
-        # In the model's type: given booleans, sdpa converts and keeps a copy in each layer.
-        hidden = torch.from_numpy(~seen).to(self.device)
-        zeros = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
-        return zeros.masked_fill_(hidden, -torch.inf)[None, None]
-
     def _mask(self, window: int | None) -> Tensor:
+        """(1, 1, L, P + L), additive"""
         if window not in self.masks:
             seen = self.row.mask()
             if window:
                 seen &= self.row.depth[:, None] - self.depth < window
-            self.masks[window] = self._additive(seen)
+            # In the model's type: given booleans, sdpa converts and keeps a copy in each layer.
+            hidden = torch.from_numpy(~seen).to(self.device)
+            zeros = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+            self.masks[window] = zeros.masked_fill_(hidden, -torch.inf)[None, None]
         return self.masks[window]
 
     def _siblings(self, window: int | None, times: int) -> list[Siblings]:
-        """The runs in short pieces, those together that are as long and follow nearly the same."""
-        if window not in self.batches:
-            groups = siblings(self.row)
-            self.batches[window] = [Siblings(*group, window, times, self.dtype) for group in groups]
-        return self.batches[window]
+        if (window, times) not in self.batches:
+            self.batches[window, times] = [
+                Siblings(group.far, group.pieces, window, times, self.dtype)
+                for group in siblings(self.row)
+            ]
+        return self.batches[window, times]
 
     def attend(self, module, query, key, value, scale, window, bend) -> Tensor:
         """query (1, H, L, D), key and value (1, h, P + L, D) -> (1, L, H, D)"""

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ import torch
 
 import judge
 import seif
-from extras import cpu
 
 ROOT = Path(seif.__file__).parent
 SCRIPTS = ["judge.py", "rl.py", "seif.py"]
@@ -92,18 +90,6 @@ def test_a_job_runs_where_the_system_has_less_to_offer(setup, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "turn1" / "follower" / "adapter_model.safetensors").exists()
-
-
-@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
-def test_trimming_memory_is_left_out_where_the_c_library_cannot(monkeypatch, platform):
-    def library(name):
-        assert platform == "linux", "asked a C library that is not glibc"
-        return types.SimpleNamespace()
-
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(cpu.ctypes, "CDLL", library)
-    cpu.trim()
-    cpu.keep_freed()
 
 
 BLOCKED = """

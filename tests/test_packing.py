@@ -162,9 +162,10 @@ def no_norms(model) -> None:
 def test_the_check_at_loading_notices_what_packing_gets_wrong(folders, fault, monkeypatch, capsys):
     kind = "mistral-window" if fault == "window" else "llama"
     real, fill = packing.Siblings, packing.SlotCache.fill
+    shifted = lambda seen: [(columns - (columns > 3), *rest) for columns, *rest in seen]
     target, name, wrong = {
         "window": (packing, "Siblings", lambda far, seen, _, *how: real(far, seen, None, *how)),
-        "mask": (packing, "Siblings", lambda far, *how: real(far[:0], *how)),
+        "mask": (packing, "Siblings", lambda far, seen, *how: real(far, shifted(seen), *how)),
         "cache": (packing.SlotCache, "fill", lambda *args: fill(*args[:3], args[3][1:])),
         "norm": (packing, "fuse_norms", no_norms),
         "error": (packing.RowSight, "attend", lambda *args: torch.zeros(2) @ torch.zeros(3)),
@@ -528,7 +529,7 @@ def test_a_row_by_runs_has_the_values_and_gradients_of_one_under_a_mask(
         out = packing.attention(module, *given, sights[-1].handle(), **how)[0]
         results.append([out, *torch.autograd.grad(out, given, upstream)])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    batches = sights[0].batches[window]
+    batches = sights[0].batches[window, 2]
     tokens = np.concatenate([np.unique(np.arange(length)[b.tokens.at]) for b in batches])
     assert sorted(tokens) == list(range(length))
     largest = max(batch.tokens.shape[0] for batch in batches)
@@ -608,8 +609,9 @@ def test_layers_are_recomputed_as_far_as_activations_do_not_fit(folders, monkeyp
     pair = ([5] * 30, list(range(170)))
     exact, counts, real = logprobs(policy, [pair]), [], packing.checkpoint
     monkeypatch.setattr(packing, "checkpoint", lambda *a, **k: counts.append(1) or real(*a, **k))
-    for mib, layers in ((64, 0), (1, 1), (0.1, 2)):
+    for mib, free, layers in ((64, 1e9, 0), (64, 1 << 22, 1), (1, 1e9, 1), (0.1, 1e9, 2)):
         monkeypatch.setattr(packing, "CPU_ACTIVATION_MIB", mib)
+        monkeypatch.setattr(policy.engine, "cpu_free", free)
         counts.clear()
         assert_equal_logprobs(policy, exact, [pair])
         assert len(counts) == layers
@@ -644,9 +646,22 @@ def test_4_bit_layers_too_large_to_unpack_give_the_same_numbers(twins, folders, 
     assert_equal_logprobs(held, logprobs(twins("qwen2", 4)[1], make_pairs()), make_pairs())
 
 
-def test_memory_is_given_back_on_linux_only(monkeypatch):
+@pytest.mark.parametrize("able", [True, False])
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_memory_is_given_back_where_it_is_short_and_by_glibc_alone(platform, able, monkeypatch):
+    calls, left = [], types.SimpleNamespace(total=100, available=24)
+
+    def library(name):
+        assert platform == "linux", "asked a C library that is not glibc"
+        return types.SimpleNamespace(**{"malloc_trim": calls.append} if able else {})
+
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(cpu.ctypes, "CDLL", library)
+    monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: left)
     cpu.trim()
-    monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.delattr(cpu.ctypes, "CDLL")
+    left.available = 26
     cpu.trim()
+    assert len(calls) == (able and platform == "linux")
+    cpu.trim(short=1)
+    assert calls == [0, 0] * (able and platform == "linux")
     cpu.keep_freed()
