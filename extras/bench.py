@@ -8,8 +8,9 @@
 
 One JSON line per workload and side. Each side runs in a process of its own, so that its peak
 memory is its own; seconds are the median of --repeat runs after a warm-up. `limit` is the time that
-the step's matrix products alone would take at the speed measured here for its shapes, `tree` the
-seconds of laying out the packed rows. Every sample has a forced length: both sides do the same.
+the products with the model's weights alone, without attention's, would take at the speed measured
+here for their shapes, `tree` the seconds of laying out the packed rows. Every sample has a forced
+length: both sides do the same.
 """
 
 import argparse

@@ -58,7 +58,7 @@ def trim(short: float = SHORT) -> None:
     """Give freed memory back to the system, where less than that share of it is left.
 
     glibc keeps it in pieces, of which tensors of other shapes do not use all: sampling's and
-    training's peaks add up to a tenth more.
+    training's peaks add up to an eighth more.
     """
     memory = psutil.virtual_memory()
     if memory.available < short * memory.total:
@@ -194,14 +194,14 @@ class RunAttention(torch.autograd.Function):
             tokens = batch.tokens
             q, k, v, weights = RunAttention.parts(batch, query, key, value, ctx.scale)
             up, less = (tokens.of(t[0], len(key[0]), blank=True) for t in (upstream, shared))
-            scores = RunAttention.outer(up, *v)
-            for x, weight in zip(scores, weights):
+            of_scores = RunAttention.outer(up, *v)
+            for x, weight in zip(of_scores, weights):
                 x.sub_(less).mul_(weight)
-            for grad, (far, near), y in ((of_value, weights, up), (of_key, scores, q)):
+            for grad, (far, near), y in ((of_value, weights, up), (of_key, of_scores, q)):
                 # y^T far, whose wide factor is not copied, for far^T y.
                 add(grad[0], batch.far, (y.flatten(1, 2).mT @ far.flatten(1, 2)).mT)
                 add(grad[0], batch.near.at, batch.near.back(near.mT @ y))
-            add(of_query[0], tokens.at, tokens.back(RunAttention.inner(scores, *k)))
+            add(of_query[0], tokens.at, tokens.back(RunAttention.inner(of_scores, *k)))
         return of_query.mul_(ctx.scale), of_key, of_value, None, None, None
 
 

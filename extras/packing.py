@@ -137,8 +137,7 @@ def _lay_out(arrays: list, members: list[int], shared: list[int], size: int, pre
 class Group:
     """Pieces of runs: (the columns that a piece's last token sees, how many tokens, their end)."""
 
-    # What its first member follows, how much of that all do, and the most that one follows.
-    first: np.ndarray
+    # How many columns all follow, and the most that one follows.
     far: int
     deepest: int
     pieces: list[tuple[np.ndarray, int, int]]
@@ -156,16 +155,20 @@ def siblings(row: Row) -> list[Group]:
         for at in range(start, end, PIECE):
             upto = min(at + PIECE, end)
             kind, seen = (at - start, (upto - at) // ALIKE), len(before) + upto - start
-            group = opened.get(kind, Group(before, 0, 0, []))
-            far = min(group.far, common_prefix(group.first, before))
+            piece = path[:seen], upto - at, upto
+            fresh = Group(len(before), len(before), [])
+            group = opened.get(kind, fresh)
+            first = group.pieces[0][0] if group.pieces else path
+            far = min(group.far, common_prefix(first, before))
             deepest = max(group.deepest, len(before))
             scores = (len(group.pieces) + 1) * (upto - at + ALIKE) * (seen + ALIKE)
-            if not group.pieces or deepest - far > ALIKE or scores > SCORES:
-                far = deepest = len(before)
-                group = opened[kind] = Group(before, far, deepest, [])
+            if deepest - far > ALIKE or (group.pieces and scores > SCORES):
+                group, far, deepest = fresh, len(before), len(before)
+            if group is fresh:
+                opened[kind] = group
                 groups.append(group)
             group.far, group.deepest = far, deepest
-            group.pieces.append((path[:seen], upto - at, upto))
+            group.pieces.append(piece)
     return groups
 
 
@@ -804,9 +807,8 @@ class PackedEngine:
             return 0
         if self.recompute_all:
             return layers
-        limit = min(CPU_ACTIVATION_MIB * 2**20, CPU_SHARE * self.cpu_free)
-        if self.cuda:
-            limit = GPU_SHARE * self.free_bytes()
+        most = min(CPU_ACTIVATION_MIB * 2**20, CPU_SHARE * self.cpu_free)
+        limit = GPU_SHARE * self.free_bytes() if self.cuda else most
         # Kept per token and layer, in vectors of the hidden and of the inner size: counted on a
         # Llama by saved-tensor hooks; where layers differ in it, the largest.
         inner = np.max(getattr(self.config, "intermediate_size", 4 * self.config.hidden_size))
