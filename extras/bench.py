@@ -2,15 +2,16 @@
 
     python extras/bench.py                       all workloads, ours beside the plain way
     python extras/bench.py update-follower       one of them
-    python extras/bench.py --against trl         TRL's GRPOTrainer + peft on the GRPO steps too
-    python extras/bench.py --model FOLDER --bits 16 --repeat 5
+    python extras/bench.py --against trl --against trl-fast      TRL + peft on the GRPO steps too
+    python extras/bench.py --model FOLDER --bits 16 --repeat 5 --dtype bf16
     python extras/bench.py --prompts 8 --new 256                 steps as large as a GPU wants them
 
-One JSON line per workload and side. Each side runs in a process of its own, so that its peak
-memory is its own; seconds are the median of --repeat runs after a warm-up. `limit` is the time that
-the products with the model's weights alone, without attention's, would take at the speed measured
-here for their shapes, `tree` the seconds of laying out the packed rows. Every sample has a forced
-length: both sides do the same.
+One JSON line per workload, type and side, and a table of all at the end. The plain way is
+model.generate, and padded rows. Each side runs in a process of its own, so that its peak memory is
+its own; seconds are the median of --repeat runs after a warm-up. `limit` is the time that the
+products with the model's weights alone, without attention's, would take at the speed measured for
+their shapes right before and after, `tree` the seconds of laying out the packed rows. Every sample
+has a forced length: both sides do the same.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.benchmark import Timer
 
 import rl
 import seif  # noqa: F401 (it quiets the libraries)
@@ -104,26 +106,16 @@ def timed(work, repeat: int, warmup: int) -> tuple[float, list[float]]:
 
 
 def matmul_gflops(policy, rows: int) -> float:
-    """GFLOP/s of this machine at the model's own shapes."""
-    config = policy.model.config
-    pairs = [
-        (config.hidden_size, config.intermediate_size),
-        (config.hidden_size, config.hidden_size),
-    ]
-    flops = total = 0.0
-    for a, b in pairs:
-        x, w = (
-            torch.randn(n, a, device=policy.model.device, dtype=policy.model.dtype)
-            for n in (rows, b)
-        )
-        F.linear(x, w)
-        start = time.perf_counter()
-        for _ in range(20):
-            F.linear(x, w)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        total, flops = total + time.perf_counter() - start, flops + 20 * 2 * rows * a * b
-    return flops / total / 1e9
+    """GFLOP/s of this machine at the model's own shapes, by the median of a second's products."""
+    config, like = policy.model.config, next(policy.model.parameters())
+    make = lambda *shape: torch.randn(shape, device=like.device, dtype=policy.model.dtype)
+    flops = seconds = 0.0
+    for a, b in [(config.hidden_size, n) for n in (config.intermediate_size, config.hidden_size)]:
+        given = {"linear": F.linear, "x": make(rows, a), "w": make(b, a)}
+        timer = Timer("linear(x, w)", globals=given, num_threads=torch.get_num_threads())
+        seconds += timer.blocked_autorange(min_run_time=1).median
+        flops += 2 * rows * a * b
+    return flops / seconds / 1e9
 
 
 def gflop(policy, tokens: int, heads: int) -> float:
@@ -149,6 +141,7 @@ class Bench:
 
     def result(self, work, useful: int = 0, gflops: float = 0.0, rows: int = 1024) -> dict:
         """A workload's JSON fields, measured."""
+        speed = [matmul_gflops(self.policy, rows)] if gflops else []
         seconds, every = timed(work, self.repeat, self.warmup)
         row = {
             "seconds": round(seconds, 3),
@@ -158,7 +151,8 @@ class Bench:
         if useful:
             row["tokens_per_second"] = round(useful / seconds, 1)
         if gflops:
-            row["limit"] = round(gflops / matmul_gflops(self.policy, rows), 3)
+            speed.append(matmul_gflops(self.policy, rows))
+            row["limit"] = round(gflops / statistics.mean(speed), 3)
             row["of_limit"] = round(row["limit"] / seconds, 2)
         return row
 
@@ -400,50 +394,76 @@ def read_arguments():
     parser.add_argument("--token-budget", type=int, default=2048)
     how = dict(action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--graphs", help="on a GPU: replay the steps of sampling", **how)
-    parser.add_argument("--dtype", default="auto", choices=("auto", *rl.DTYPES))
+    text = "default: what this machine is fast in, and without a GPU fp32 as well"
+    parser.add_argument("--dtype", choices=tuple(rl.DTYPES), help=text)
     text = "TRL on the GRPO steps; cb: its continuous batching; fast: no gradient checkpointing"
-    parser.add_argument("--against", choices=("trl", "trl-cb", "trl-fast"), help=text)
+    peers = dict(action="append", default=[], choices=("trl", "trl-cb", "trl-fast"))
+    parser.add_argument("--against", help=text, **peers)
     parser.add_argument("--prompts", type=int, default=0, help="of a GRPO step")
     parser.add_argument("--new", type=int, default=0, help="tokens of each completion of a step")
     return parser.parse_args()
 
 
-def in_a_process(name: str, side: str, args) -> dict:
+def in_a_process(name: str, dtype: str, side: str, args) -> dict:
     """A side's row, measured in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], *([] if args.workload else [name])]
+    command += ["--dtype", dtype, "--side", side]
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, "--side", side], capture_output=True, text=True, env=offline)
+    done = subprocess.run(command, capture_output=True, text=True, env=offline)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if lines:
-        return json.loads(lines[-1])
-    return {"workload": name, "side": side, "error": done.stderr.strip()[-300:]}
+    about = {"workload": name, "side": side, "dtype": dtype}
+    return json.loads(lines[-1]) if lines else about | {"error": done.stderr.strip()[-300:]}
+
+
+def compare(name: str, dtype: str, args) -> list[dict]:
+    """A workload's rows, one a side, each against the first; printed as they come."""
+    rows = []
+    for side in [*WORKLOADS[name], *(args.against if name.startswith("step-") else [])]:
+        rows.append(in_a_process(name, dtype, side, args))
+        first, row = rows[0], rows[-1]
+        if row is not first and "error" not in first | row:
+            row["seconds_ratio"] = round(row["seconds"] / first["seconds"], 2)
+            row["memory_ratio"] = round(row["peak_mib"] / first["peak_mib"], 2)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def table(groups: list[list[dict]]) -> str:
+    """Markdown: a line per workload and type, in it the other sides by what they are of the first.
+
+    groups: the rows of a workload and type, one a side
+    """
+    lines = ["| workload | type | of the limit | first | others |", "|---|---|---|---|---|"]
+    for rows in groups:
+        cells = []
+        for row in rows:
+            cell = f"{row['side']}: "
+            cell += "failed" if "error" in row else f"{row['seconds']} s, {row['peak_mib']:,} MiB"
+            if "seconds_ratio" in row:
+                cell += f" ({row['seconds_ratio']} and {row['memory_ratio']} times)"
+            cells.append(cell)
+        about = [str(rows[0].get(key, "")) for key in ("workload", "dtype", "of_limit")]
+        lines.append(f"| {' | '.join([*about, cells[0], '; '.join(cells[1:])])} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Measure what was asked for."""
-    args = read_arguments()
+    args, cuda = read_arguments(), torch.cuda.is_available()
     resize(args.prompts, args.new)
-    if args.dtype == "auto":
-        args.dtype = rl.fast_dtype(torch.cuda.is_available())
-    if args.side:
-        if args.side.startswith("trl"):
-            row = run_trl(args.workload.removeprefix("step-"), args)
-        else:
-            row = WORKLOADS[args.workload][args.side](Bench(args))
-        about = {"workload": args.workload, "side": args.side, "bits": args.bits}
-        about["dtype"] = args.dtype
-        print(json.dumps(about | row), flush=True)
+    fast = rl.fast_dtype(cuda)
+    if not args.side:
+        types = [args.dtype] if args.dtype else dict.fromkeys([fast] if cuda else [fast, "fp32"])
+        names = [args.workload] if args.workload else WORKLOADS
+        print(table([compare(name, dtype, args) for name in names for dtype in types]))
         return
-    for name in [args.workload] if args.workload else WORKLOADS:
-        peer = [args.against] if args.against and name.startswith("step-") else []
-        rows = []
-        for side in [*WORKLOADS[name], *peer]:
-            rows.append(in_a_process(name, side, args))
-            first, row = rows[0], rows[-1]
-            if row is not first and "error" not in first | row:
-                row["seconds_ratio"] = round(row["seconds"] / first["seconds"], 2)
-                row["memory_ratio"] = round(row["peak_mib"] / first["peak_mib"], 2)
-            print(json.dumps(row), flush=True)
+    args.dtype = args.dtype or fast
+    if args.side.startswith("trl"):
+        row = run_trl(args.workload.removeprefix("step-"), args)
+    else:
+        row = WORKLOADS[args.workload][args.side](Bench(args))
+    about = {"workload": args.workload, "side": args.side, "bits": args.bits}
+    print(json.dumps(about | {"dtype": args.dtype} | row), flush=True)
 
 
 if __name__ == "__main__":

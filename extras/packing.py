@@ -28,20 +28,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from extras import cpu, cuda
-from extras.cpu import RunAttention, Siblings, keep_freed, trim
-from extras.fused import CPU_MIB, SHARE, fused, watched
+from extras.cpu import keep_freed, trim
+from extras.fused import CPU_MIB, SHARE, dense, fused, size, watched
+from extras.siblings import RunAttention, Siblings, common_prefix, grouped, remembering
 
 # Logits held at once, in elements, whatever the vocabulary: 128 MiB of fp32, 64 on the CPU.
 HEAD_CHUNK = {"cuda": 1 << 25, "cpu": 1 << 24}
 # From so many tokens common to all prompts on, a sampling step reads them in one place.
 SHARED_FROM = 128
-# Tokens of the vocabulary summed together when sampling.
-PICK_BLOCK = 256
+# Tokens of the vocabulary summed together when sampling: the first that divides it.
+PICK_BLOCKS = (256, 128, 64)
 # Finished samples are looked for every so many tokens: on CUDA a look waits for the device.
 LOOK_EVERY = {"cuda": 8, "cpu": 1}
-# RunAttention's groups: tokens of a run; what their lengths, and what they follow, differ by;
-# scores of a head held at once.
-PIECE, ALIKE, SCORES = 128, 32, 1 << 19
 # Samples decoded side by side, at most: beyond, a step only gets longer.
 SLOTS = {"cuda": 256, "cpu": 64}
 # Without a GPU: MiB of keys and values, and of activations kept for the backward pass; of these no
@@ -88,13 +86,6 @@ class Row:
         return mask
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix of two id arrays."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
-
-
 def pack(sequences: list[list[int]], budget: int, prefix: int = 0) -> Iterator[Row]:
     """Sequences -> rows of at most `budget` distinct tokens; a longer sequence has its own.
 
@@ -131,45 +122,6 @@ def _lay_out(arrays: list, members: list[int], shared: list[int], size: int, pre
 
 
 # ------------------------------------------------------------------------------ attention
-
-
-@dataclass
-class Group:
-    """Pieces of runs: (the columns that a piece's last token sees, how many tokens, their end)."""
-
-    # How many columns all follow, and the most that one follows.
-    far: int
-    deepest: int
-    pieces: list[tuple[np.ndarray, int, int]]
-
-
-def siblings(row: Row) -> list[Group]:
-    """The row's runs in short pieces, in groups for extras.cpu.Siblings.
-
-    Together are those as long that follow the same tokens, or these and a few more: completions of
-    one prompt, some of which begin alike.
-    """
-    groups, opened = [], {}
-    for start, end, before in row.runs:
-        path = np.concatenate([before, row.prefix + np.arange(start, end)])
-        for at in range(start, end, PIECE):
-            upto = min(at + PIECE, end)
-            kind, seen = (at - start, (upto - at) // ALIKE), len(before) + upto - start
-            piece = path[:seen], upto - at, upto
-            fresh = Group(len(before), len(before), [])
-            group = opened.get(kind, fresh)
-            first = group.pieces[0][0] if group.pieces else path
-            far = min(group.far, common_prefix(first, before))
-            deepest = max(group.deepest, len(before))
-            scores = (len(group.pieces) + 1) * (upto - at + ALIKE) * (seen + ALIKE)
-            if deepest - far > ALIKE or (group.pieces and scores > SCORES):
-                group, far, deepest = fresh, len(before), len(before)
-            if group is fresh:
-                opened[kind] = group
-                groups.append(group)
-            group.far, group.deepest = far, deepest
-            group.pieces.append(piece)
-    return groups
 
 
 class RowSight:
@@ -209,8 +161,8 @@ class RowSight:
     def _siblings(self, window: int | None, times: int) -> list[Siblings]:
         if (window, times) not in self.batches:
             self.batches[window, times] = [
-                Siblings(group.far, group.pieces, window, times, self.dtype)
-                for group in siblings(self.row)
+                Siblings(group, window, times, self.dtype)
+                for group in grouped(self.row.runs, self.row.prefix)
             ]
         return self.batches[window, times]
 
@@ -471,24 +423,25 @@ class TokenLogProb(torch.autograd.Function):
 
 def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """rl.pick, faster: logits (B, V), draws (B,) in (0, 1] -> ids (B,). Overwrites the logits."""
-    largest, likeliest = logits.max(-1, keepdim=True)
-    broken = largest[:, 0].isnan()
     if temperature == 0:
-        return likeliest[:, 0].masked_fill(broken, NOT_A_TOKEN)
-    weight = logits.sub_(largest).div_(temperature).exp_()
-    if over := -weight.shape[1] % PICK_BLOCK:
-        weight = F.pad(weight, (0, over))
+        largest, token = logits.max(-1)
+        return token.masked_fill(largest.isnan(), NOT_A_TOKEN)
+    weight = logits.div_(temperature).softmax(-1)
     # First which block of the vocabulary, then which token in it: a running sum over V is slow.
-    blocks = weight.unflatten(1, (-1, PICK_BLOCK))
+    size = next((size for size in PICK_BLOCKS if weight.shape[1] % size == 0), PICK_BLOCKS[0])
+    if over := -weight.shape[1] % size:
+        weight = F.pad(weight, (0, over))
+    blocks = weight.unflatten(1, (-1, size))
     upto = blocks.sum(-1).cumsum(-1)
     target = uniform[:, None] * upto[:, -1:]
+    broken = target[:, 0].isnan()
     block = torch.searchsorted(upto, target).clamp_max_(upto.shape[1] - 1)
     inside = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1)
     before = F.pad(upto, (1, 0)).gather(1, block)
     # Rounding may leave the target a hair above the block's own total, or at nothing.
     target = torch.minimum(target - before, inside[:, -1:])
     target = target.clamp_min(torch.finfo(target.dtype).tiny)
-    token = (block * PICK_BLOCK + torch.searchsorted(inside, target))[:, 0]
+    token = (block * size + torch.searchsorted(inside, target))[:, 0]
     return token.masked_fill(broken, NOT_A_TOKEN)
 
 
@@ -764,7 +717,10 @@ class PackedEngine:
         if len(prompts) > 1:
             first, last = np.asarray(min(prompts)), np.asarray(max(prompts))
             shared = min(common_prefix(first, last), min(map(len, prompts)) - 1)
-        if shared:
+        # Fewer are cheaper in each row once more than in a pass of their own.
+        if shared < SHARED_FROM:
+            shared = 0
+        else:
             cache = RowCache()
             self._forward(next(pack([prompts[0][:shared]], self.token_budget)), cache)
         for row in pack(prompts, self.token_budget, shared):
@@ -777,7 +733,10 @@ class PackedEngine:
             return fused(self.together, self.dtype, SHARE * self.free_bytes())
         trim()
         most = CPU_MIB * 2**20 if cpu.packs(self.dtype) else 0
-        return fused(self.together, self.dtype, most, cpu.packed)
+        groups, head = self.together, self.head.module
+        if dense(head, self.dtype) and size([*groups, [head]], self.dtype) <= most:
+            groups = [*groups, [head]]
+        return fused(groups, self.dtype, most, cpu.packed)
 
     # -------------------------------------------- memory
 
@@ -795,7 +754,7 @@ class PackedEngine:
         if place <= self.recomputed:
             # For its size the dearest of a layer's activations to compute.
             kept = []
-            twice = lambda: (cpu.remembering(kept, False), cpu.remembering(kept, True))
+            twice = lambda: (remembering(kept, False), remembering(kept, True))
             how = dict(use_reentrant=False, preserve_rng_state=False, context_fn=twice)
             return checkpoint(forward, *args, **how, **kwargs)
         return forward(*args, **kwargs)

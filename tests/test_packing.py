@@ -1,5 +1,6 @@
 """The packed engine equals the plain one, whose few lines anybody can check."""
 
+import dataclasses
 import sys
 import types
 from collections import Counter
@@ -11,7 +12,7 @@ from conftest import KINDS, OTHERS, make_model, randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rl
-from extras import cpu, cuda, fused, packing
+from extras import cpu, cuda, fused, packing, siblings
 
 CFG = types.SimpleNamespace(temperature=1.0, updates=1, kl=0.05)
 ENDS = set(range(0, 256, 16))  # frequent: samples finish, and are replaced, at different times
@@ -99,7 +100,7 @@ def attend(monkeypatch, how: str) -> None:
 
     monkeypatch.setattr(packing.RowSight, "__init__", forced)
     # Runs of a few tokens come in pieces, too.
-    monkeypatch.setattr(packing, "PIECE", 3)
+    monkeypatch.setattr(siblings, "PIECE", 3)
 
 
 # ------------------------------------------------------------ packed = plain
@@ -162,10 +163,14 @@ def no_norms(model) -> None:
 def test_the_check_at_loading_notices_what_packing_gets_wrong(folders, fault, monkeypatch, capsys):
     kind = "mistral-window" if fault == "window" else "llama"
     real, fill = packing.Siblings, packing.SlotCache.fill
-    shifted = lambda seen: [(columns - (columns > 3), *rest) for columns, *rest in seen]
+
+    def shifted(group: siblings.Group) -> siblings.Group:
+        pieces = [(columns - (columns > 3), *rest) for columns, *rest in group.pieces]
+        return dataclasses.replace(group, pieces=pieces)
+
     target, name, wrong = {
-        "window": (packing, "Siblings", lambda far, seen, _, *how: real(far, seen, None, *how)),
-        "mask": (packing, "Siblings", lambda far, seen, *how: real(far, shifted(seen), *how)),
+        "window": (packing, "Siblings", lambda group, _, *how: real(group, None, *how)),
+        "mask": (packing, "Siblings", lambda group, *how: real(shifted(group), *how)),
         "cache": (packing.SlotCache, "fill", lambda *args: fill(*args[:3], args[3][1:])),
         "norm": (packing, "fuse_norms", no_norms),
         "error": (packing.RowSight, "attend", lambda *args: torch.zeros(2) @ torch.zeros(3)),
@@ -402,7 +407,14 @@ def test_sampling_by_fewer_products_picks_the_same_tokens(twins, kind, bits, mon
     monkeypatch.setattr(fused, "Fused", lambda *args: made.append(real(*args)) or made[-1])
     for texts in (TEXTS, TEXTS[:1]):
         assert tokens(packed, asks(*texts), 3, 12, 1.0) == tokens(plain, asks(*texts), 3, 12, 1.0)
-    assert len(made) == 2 * len(packed.engine.together) > 4
+    # The layers', and the head's.
+    assert len(made) == 2 * (len(packed.engine.together) + 1) > 4
+    # Where there is no room for the head, the layers' are made all the same.
+    made.clear()
+    most = fused.size(packed.engine.together, torch.float32) / 2**20
+    monkeypatch.setattr(packing, "CPU_MIB", most)
+    tokens(packed, asks(*TEXTS), 1, 2, 1.0)
+    assert len(made) == len(packed.engine.together)
 
 
 def no_such_call(weight, bias):
@@ -427,9 +439,9 @@ def test_weights_are_packed_only_where_it_computes_the_same(packed, monkeypatch)
 def test_attention_of_a_recomputed_layer_is_computed_once(twins, monkeypatch):
     packed, _ = twins("llama")
     attend(monkeypatch, "runs")
-    calls, real = [], cpu.RunAttention.parts
+    calls, real = [], siblings.RunAttention.parts
     counted = lambda *args: calls.append(1) or real(*args)
-    monkeypatch.setattr(cpu.RunAttention, "parts", counted)
+    monkeypatch.setattr(siblings.RunAttention, "parts", counted)
     counts = []
     for recompute in (False, True):
         monkeypatch.setattr(packed.engine, "recompute_all", recompute)
@@ -437,7 +449,7 @@ def test_attention_of_a_recomputed_layer_is_computed_once(twins, monkeypatch):
         logprobs(packed, make_pairs())
         counts.append(len(calls))
     assert counts[0] == counts[1] > 10
-    assert cpu.RunAttention.kept is None and not cpu.RunAttention.again
+    assert siblings.RunAttention.kept is None and not siblings.RunAttention.again
 
 
 def test_one_token_one_prompt_and_nothing_at_all(twins):
@@ -520,7 +532,7 @@ def test_a_row_by_runs_has_the_values_and_gradients_of_one_under_a_mask(
     upstream = torch.randn(1, length, 4, 16)
     module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True, training=False)
     for name, value in (("PIECE", piece), ("ALIKE", alike), ("SCORES", scores)):
-        monkeypatch.setattr(packing, name, value)
+        monkeypatch.setattr(siblings, name, value)
     results, sights = [], []
     for by_runs in (True, False):
         sights.append(packing.RowSight(row, q.device, q.dtype, by_runs))
