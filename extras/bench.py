@@ -9,9 +9,9 @@
 One JSON line per workload, type and side, and a table of all at the end. The plain way is
 model.generate, and padded rows. Each side runs in a process of its own, so that its peak memory is
 its own; seconds are the median of --repeat runs after a warm-up. `limit` is the time that the
-products with the model's weights alone, without attention's, would take at the speed measured for
-their shapes right before and after, `tree` the seconds of laying out the packed rows. Every sample
-has a forced length: both sides do the same.
+products with the model's weights alone, without attention's, would take at the speed of torch's own
+product of 1,024 rows (sampling: 64) right before and after; `tree` the seconds of laying out the
+packed rows. Every sample has a forced length: both sides do the same.
 """
 
 import argparse
@@ -106,9 +106,9 @@ def timed(work, repeat: int, warmup: int) -> tuple[float, list[float]]:
 
 
 def matmul_gflops(policy, rows: int) -> float:
-    """GFLOP/s of this machine at the model's own shapes, by the median of a second's products."""
-    config, like = policy.model.config, next(policy.model.parameters())
-    make = lambda *shape: torch.randn(shape, device=like.device, dtype=policy.model.dtype)
+    """GFLOP/s of torch's product at two of the model's shapes, by the median of a second each."""
+    model, config = policy.model, policy.model.config
+    make = lambda *shape: torch.randn(shape, device=model.device, dtype=model.dtype)
     flops = seconds = 0.0
     for a, b in [(config.hidden_size, n) for n in (config.intermediate_size, config.hidden_size)]:
         given = {"linear": F.linear, "x": make(rows, a), "w": make(b, a)}
@@ -116,6 +116,11 @@ def matmul_gflops(policy, rows: int) -> float:
         seconds += timer.blocked_autorange(min_run_time=1).median
         flops += 2 * rows * a * b
     return flops / seconds / 1e9
+
+
+def distinct(sequences) -> int:
+    """Tokens of the prefix tree of all sequences."""
+    return sum(len(row.tokens) for row in packing.pack(sequences, 1 << 20))
 
 
 def gflop(policy, tokens: int, heads: int) -> float:
@@ -158,12 +163,9 @@ class Bench:
 
     def grpo_flops(self, prompts, group: int) -> float:
         """GFLOP of a GRPO update on such groups."""
-        rows = list(
-            packing.pack(
-                [p + c for p, g in zip(prompts, fake_groups(prompts, group)) for c in g], 1 << 20
-            )
-        )
-        tokens, heads = sum(len(r.tokens) for r in rows), len(prompts) * group * NEW
+        groups = fake_groups(prompts, group)
+        tokens = distinct([p + c[:-1] for p, g in zip(prompts, groups) for c in g])
+        heads = len(prompts) * group * NEW
         # Forward for the reference and the policy, backward for the activations; the head: twice
         # forward, once for its gradient.
         return 3 * gflop(self.policy, tokens, heads)
@@ -180,7 +182,7 @@ class Bench:
             rl.grpo_step(self.policy, "follower", None, groups, self.optimizer, CFG)
 
         useful = len(prompts) * group * NEW
-        sampling = gflop(self.policy, useful + sum(map(len, prompts)), useful)
+        sampling = gflop(self.policy, useful + distinct(prompts), useful)
         return self.result(work, useful, self.grpo_flops(prompts, group) + sampling)
 
     def update(self, kind: str) -> dict:
@@ -235,7 +237,7 @@ class Bench:
             ]
         useful = sum(limits)
         return self.result(
-            work, useful, gflop(self.policy, useful + sum(map(len, prompts)), useful), rows=64
+            work, useful, gflop(self.policy, useful + distinct(prompts), useful), rows=64
         )
 
     def generate_plain(self, prompts, limits) -> None:
@@ -275,8 +277,7 @@ class Bench:
                         logits_to_keep=1,
                     )
 
-        tokens = sum(len(r.tokens) for r in packing.pack(prompts, 1 << 20))
-        return self.result(work, 0, gflop(self.policy, tokens, len(prompts)))
+        return self.result(work, 0, gflop(self.policy, distinct(prompts), len(prompts)))
 
 
 WORKLOADS = {
@@ -401,7 +402,10 @@ def read_arguments():
     parser.add_argument("--against", help=text, **peers)
     parser.add_argument("--prompts", type=int, default=0, help="of a GRPO step")
     parser.add_argument("--new", type=int, default=0, help="tokens of each completion of a step")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.side and not args.workload:
+        parser.error("--side needs a workload")
+    return args
 
 
 def in_a_process(name: str, dtype: str, side: str, args) -> dict:
@@ -411,8 +415,10 @@ def in_a_process(name: str, dtype: str, side: str, args) -> dict:
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=offline)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    about = {"workload": name, "side": side, "dtype": dtype}
-    return json.loads(lines[-1]) if lines else about | {"error": done.stderr.strip()[-300:]}
+    if done.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    error = done.stderr.strip()[-300:] or f"exit status {done.returncode}"
+    return {"workload": name, "side": side, "dtype": dtype, "error": error}
 
 
 def compare(name: str, dtype: str, args) -> list[dict]:
@@ -453,9 +459,9 @@ def main() -> None:
     resize(args.prompts, args.new)
     fast = rl.fast_dtype(cuda)
     if not args.side:
-        types = [args.dtype] if args.dtype else dict.fromkeys([fast] if cuda else [fast, "fp32"])
+        dtypes = [args.dtype] if args.dtype else dict.fromkeys([fast] if cuda else [fast, "fp32"])
         names = [args.workload] if args.workload else WORKLOADS
-        print(table([compare(name, dtype, args) for name in names for dtype in types]))
+        print(table([compare(name, dtype, args) for name in names for dtype in dtypes]))
         return
     args.dtype = args.dtype or fast
     if args.side.startswith("trl"):

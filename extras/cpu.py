@@ -33,7 +33,8 @@ if platform.machine() in ("x86_64", "AMD64"):
 KEEP = {-1: 2047 << 20, -4: 0}
 # Of the machine's memory: with less than this left, freed memory goes back to the system.
 SHORT = 0.25
-# Up to here MKL multiplies, in fp32, a tall matrix by a narrow one faster than the other way round.
+# Up to here MKL multiplies, in fp32, a tall matrix by a narrow one faster than the other way round;
+# and the rows that oneDNN is told to expect.
 FEW_TOKENS = 64
 # 4-bit weights whose values take no more are held unpacked.
 UNPACK_MIB = 4096

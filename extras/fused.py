@@ -7,7 +7,7 @@ same tensor (q, k and v; gate and up) are multiplied as one, their LoRA with the
     [y1; y2; ...] = [W1; W2; ... | diag(s B1, s B2, ...)] [x; z]
 
 It takes a copy of the weights: 4 bits are unpacked, which bitsandbytes would do at each call, and
-on a CPU they are put in the order in which it multiplies fastest.
+on a CPU they, and the output head's, are put in the order in which it multiplies fastest.
 """
 
 from collections.abc import Callable, Iterator
@@ -110,8 +110,8 @@ class Fused:
         return mine
 
 
-def size(groups: list[list[nn.Module]], dtype: torch.dtype) -> int:
-    """Bytes of their weights in that type."""
+def copy_bytes(groups: list[list[nn.Module]], dtype: torch.dtype) -> int:
+    """What a copy of their weights in that type takes."""
     bases = [base_of(layer) for group in groups for layer in group]
     return sum(b.in_features * b.out_features for b in bases) * dtype.itemsize
 
@@ -122,7 +122,7 @@ def fused(groups: list, dtype: torch.dtype, most: float, product=None) -> Iterat
 
     product(weight, bias) -> x -> W x + b
     """
-    groups = groups if size(groups, dtype) <= most else []
+    groups = groups if copy_bytes(groups, dtype) <= most else []
     product = product or (lambda weight, bias: partial(F.linear, weight=weight, bias=bias))
     try:
         for group in groups:

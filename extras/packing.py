@@ -29,14 +29,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from extras import cpu, cuda
 from extras.cpu import keep_freed, trim
-from extras.fused import CPU_MIB, SHARE, dense, fused, size, watched
+from extras.fused import CPU_MIB, SHARE, copy_bytes, dense, fused, watched
 from extras.siblings import RunAttention, Siblings, common_prefix, grouped, remembering
 
 # Logits held at once, in elements, whatever the vocabulary: 128 MiB of fp32, 64 on the CPU.
 HEAD_CHUNK = {"cuda": 1 << 25, "cpu": 1 << 24}
-# From so many tokens common to all prompts on, a sampling step reads them in one place.
+# From so many tokens common to all prompts on, they are computed in a pass of their own, and a
+# sampling step reads them in one place.
 SHARED_FROM = 128
-# Tokens of the vocabulary summed together when sampling: the first that divides it.
+# Tokens of the vocabulary summed together when sampling: the first that divides it, so that it need
+# not be copied to be filled up.
 PICK_BLOCKS = (256, 128, 64)
 # Finished samples are looked for every so many tokens: on CUDA a look waits for the device.
 LOOK_EVERY = {"cuda": 8, "cpu": 1}
@@ -127,16 +129,15 @@ def _lay_out(arrays: list, members: list[int], shared: list[int], size: int, pre
 class RowSight:
     """What the tokens of a packed row see; attention over it, in windows of any size.
 
-    On a GPU one large kernel under one mask; on the CPU by runs, each over the tokens that it sees
-    and no others: the whole row would be L * L scores, most of them masked.
+    On a GPU one large kernel under one mask; on the CPU by runs (siblings.py): the whole row would
+    be L * L scores, most of them masked.
     """
 
     def __init__(self, row: Row, device: torch.device, dtype: torch.dtype, by_runs: bool):
         self.row, self.device, self.dtype, self.by_runs = row, device, dtype, by_runs
         self.depth = np.concatenate([np.arange(row.prefix), row.depth])
         self.masks: dict[int | None, Tensor] = {}
-        # By window, and query heads per key head.
-        self.batches: dict[tuple[int | None, int], list[Siblings]] = {}
+        self.batches: dict[int | None, list[Siblings]] = {}
 
     def handle(self) -> Tensor:
         """The attention mask to give to the model: carries this object to every layer."""
@@ -158,21 +159,18 @@ class RowSight:
             self.masks[window] = zeros.masked_fill_(hidden, -torch.inf)[None, None]
         return self.masks[window]
 
-    def _siblings(self, window: int | None, times: int) -> list[Siblings]:
-        if (window, times) not in self.batches:
-            self.batches[window, times] = [
-                Siblings(group, window, times, self.dtype)
-                for group in grouped(self.row.runs, self.row.prefix)
-            ]
-        return self.batches[window, times]
+    def _siblings(self, window: int | None) -> list[Siblings]:
+        if window not in self.batches:
+            groups = grouped(self.row.runs, self.row.prefix)
+            self.batches[window] = [Siblings(group, window, self.dtype) for group in groups]
+        return self.batches[window]
 
     def attend(self, module, query, key, value, scale, window, bend) -> Tensor:
         """query (1, H, L, D), key and value (1, h, P + L, D) -> (1, L, H, D)"""
         if not self.by_runs or bend:
             return masked(module, query, key, value, self._mask(window), scale, bend)
-        batches = self._siblings(window, query.shape[1] // key.shape[1])
         scale = scale or query.shape[-1] ** -0.5
-        return RunAttention.of(query, key, value, batches, scale).transpose(1, 2)
+        return RunAttention.of(query, key, value, self._siblings(window), scale).transpose(1, 2)
 
 
 class SlotSight:
@@ -708,7 +706,7 @@ class PackedEngine:
         return out.last_hidden_state[0]
 
     def prefill(self, prompts: list) -> Iterator[tuple[Row, RowCache, Tensor]]:
-        """What all prompts share once, then the rest row by row: (row, cache, hidden (L, d)).
+        """What all prompts share once, if it is much, then row by row: (row, cache, hidden (L, d)).
 
         Under its callers' no_grad: a decorated generator runs code when it is dropped, where a
         Ctrl-C would be lost.
@@ -717,8 +715,8 @@ class PackedEngine:
         if len(prompts) > 1:
             first, last = np.asarray(min(prompts)), np.asarray(max(prompts))
             shared = min(common_prefix(first, last), min(map(len, prompts)) - 1)
-        # Fewer are cheaper in each row once more than in a pass of their own.
-        if shared < SHARED_FROM:
+        # A few, a 16th of a row at most, are cheaper in each row than in a pass of their own.
+        if shared < min(SHARED_FROM, self.token_budget // 16):
             shared = 0
         else:
             cache = RowCache()
@@ -728,13 +726,14 @@ class PackedEngine:
             yield row, own, self._forward(row, own)
 
     def faster_layers(self):
-        """A context without gradients: the model's linear layers by fewer and larger products."""
+        """A context without gradients: linear layers by fewer, larger and faster products."""
         if self.cuda:
             return fused(self.together, self.dtype, SHARE * self.free_bytes())
         trim()
         most = CPU_MIB * 2**20 if cpu.packs(self.dtype) else 0
         groups, head = self.together, self.head.module
-        if dense(head, self.dtype) and size([*groups, [head]], self.dtype) <= most:
+        # The head by itself, for the order of its weights, where there is room.
+        if dense(head, self.dtype) and copy_bytes([*groups, [head]], self.dtype) <= most:
             groups = [*groups, [head]]
         return fused(groups, self.dtype, most, cpu.packed)
 

@@ -18,9 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Tokens of a piece; what lengths, and what pieces follow, differ by in a group; a group's scores of
-# a head.
-PIECE, ALIKE, SCORES = 128, 32, 1 << 19
+# Tokens of a piece, at most.
+PIECE = 128
+# In a group the lengths of pieces, and of what their runs follow, differ by no more.
+ALIKE = 32
+# Scores of a head in a group of several, at most.
+SCORES = 1 << 19
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -40,7 +43,7 @@ class Group:
     deepest: int
 
     def takes(self, piece: tuple, behind: int) -> bool:
-        """Whether a piece of a run that follows so many columns is added."""
+        """Add a piece of a run that follows `behind` columns, if it fits; whether it did."""
         columns, count, _ = piece
         far = min(self.far, common_prefix(self.pieces[0][0], columns[:behind]))
         deepest = max(self.deepest, behind)
@@ -102,15 +105,15 @@ class Ragged:
 def add(t: Tensor, at, values: Tensor) -> None:
     """t[:, at] += values, where a position may come several times."""
     if isinstance(at, slice):
-        t[:, at] += values
+        t[:, at].add_(values)
     else:
         t.index_add_(1, at, values.contiguous())
 
 
 class Siblings:
-    """A group of pieces whose attention is computed at once, by windows and heads as they are."""
+    """A group of m pieces of at most T tokens, as indices and a mask."""
 
-    def __init__(self, group: Group, window: int | None, times: int, dtype: torch.dtype):
+    def __init__(self, group: Group, window: int | None, dtype: torch.dtype):
         far, pieces = group.far, group.pieces
         self.far = Ragged([pieces[0][0][:far]]).at if far else slice(0, 0)
         self.near = Ragged([columns[far:] for columns, _, _ in pieces])
@@ -123,16 +126,12 @@ class Siblings:
         # From this column on there is something to hide.
         self.masked = 0 if window else far
         zeros = torch.zeros(hidden.shape, dtype=dtype)
-        # (m, times * T, columns), additive
-        mask = zeros.masked_fill_(hidden, -torch.inf)[..., self.masked :]
-        self.mask = mask.repeat(1, times, 1)
+        # (m, 1, T, columns), additive: the same for all heads
+        self.mask = zeros.masked_fill_(hidden, -torch.inf)[:, None, :, self.masked :]
 
 
 class RunAttention(torch.autograd.Function):
-    """Attention over a packed row by plain products, what siblings share read in one place.
-
-    sdpa would be given it once for each of them, and its backward pass is slow in 16 bits.
-    """
+    """Attention over a packed row by plain products, what siblings share read in one place."""
 
     # The results of a layer that will be computed again, and whether this is that time.
     kept: list[Tensor] | None = None
@@ -165,7 +164,8 @@ class RunAttention(torch.autograd.Function):
         q = batch.tokens.of(query[0], heads) * scale
         k, v = ((t[0][:, batch.far], batch.near.of(t[0], heads)) for t in (key, value))
         scores = torch.cat(cls.outer(q, *k), -1)
-        scores[..., batch.masked :] += batch.mask
+        by_head = scores.unflatten(2, (-1, batch.mask.shape[2]))
+        by_head[..., batch.masked :].add_(batch.mask)
         return q, k, v, scores.softmax(-1).split([t.shape[-2] for t in k], -1)
 
     @staticmethod

@@ -411,7 +411,7 @@ def test_sampling_by_fewer_products_picks_the_same_tokens(twins, kind, bits, mon
     assert len(made) == 2 * (len(packed.engine.together) + 1) > 4
     # Where there is no room for the head, the layers' are made all the same.
     made.clear()
-    most = fused.size(packed.engine.together, torch.float32) / 2**20
+    most = fused.copy_bytes(packed.engine.together, torch.float32) / 2**20
     monkeypatch.setattr(packing, "CPU_MIB", most)
     tokens(packed, asks(*TEXTS), 1, 2, 1.0)
     assert len(made) == len(packed.engine.together)
@@ -462,7 +462,7 @@ def test_one_token_one_prompt_and_nothing_at_all(twins):
     assert tokens(packed, same, 2, 7, 1.0) == tokens(plain, same, 2, 7, 1.0)
 
 
-@pytest.mark.parametrize("vocabulary", [700, 512])
+@pytest.mark.parametrize("vocabulary", [700, 512, 640, 704])
 def test_the_fast_pick_is_the_plain_pick(vocabulary):
     torch.manual_seed(0)
     logits, uniform = torch.randn(4000, vocabulary) * 2, 1 - torch.rand(4000)
@@ -474,6 +474,9 @@ def test_the_fast_pick_is_the_plain_pick(vocabulary):
     certain[:, 500] = 0
     draws = torch.tensor([1.0, 1e-9, 0.5])
     assert packing.pick(certain, draws, 1.0).tolist() == [500] * 3
+    certain[0, 3], certain[1, 3] = torch.nan, torch.inf
+    for pick in (rl.pick, packing.pick):
+        assert pick(certain.clone(), draws, 1.0).tolist() == [rl.NOT_A_TOKEN] * 2 + [500]
 
 
 # ------------------------------------------------------------ pack
@@ -541,7 +544,7 @@ def test_a_row_by_runs_has_the_values_and_gradients_of_one_under_a_mask(
         out = packing.attention(module, *given, sights[-1].handle(), **how)[0]
         results.append([out, *torch.autograd.grad(out, given, upstream)])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    batches = sights[0].batches[window, 2]
+    batches = sights[0].batches[window]
     tokens = np.concatenate([np.unique(np.arange(length)[b.tokens.at]) for b in batches])
     assert sorted(tokens) == list(range(length))
     largest = max(batch.tokens.shape[0] for batch in batches)
@@ -614,6 +617,22 @@ def test_when_nothing_is_left_to_give_up_the_error_says_what_to_change(folders, 
     engine = policy.engine
     assert (engine.recompute_all, engine.token_budget, engine.slots) == (True, 128, 1)
     assert len(tried) == len(set(tried))  # each attempt had less than the one before
+
+
+def test_what_an_out_of_memory_took_comes_back_by_halves(folders, monkeypatch):
+    monkeypatch.setattr(packing, "RECOVER_AFTER", 2)
+    policy = load(folders("llama"), "packed", token_budget=512, slots=8)
+    engine, states = policy.engine, []
+    fail = lambda times: [engine.use_less_memory() for _ in range(times)]
+    begin = lambda: tokens(policy, asks("Hi"), 1, 2, 1.0)
+    fail(3)
+    for again in (0, 0, 0, 1, 0, 0, 0, 0, 0, 0):
+        fail(again)  # what is taken in between starts the count anew
+        begin()
+        states.append((engine.recompute_all, engine.token_budget, engine.slots))
+    least, half, most = ((True, 128, 2), (True, 256, 4), (True, 512, 8))
+    back = [least, half, half, least, half, half, most, most, (False, 512, 8), (False, 512, 8)]
+    assert states == back
 
 
 def test_layers_are_recomputed_as_far_as_activations_do_not_fit(folders, monkeypatch):
