@@ -434,22 +434,23 @@ def compare(name: str, dtype: str, args) -> list[dict]:
     return rows
 
 
-def table(groups: list[list[dict]]) -> str:
-    """Markdown: a line per workload and type, in it the other sides by what they are of the first.
+def cell(row: dict) -> str:
+    """A side's seconds and memory, and how many times the first side's they are."""
+    if "error" in row:
+        return f"{row['side']}: failed"
+    text = f"{row['side']}: {row['seconds']} s, {row['peak_mib']:,} MiB"
+    if "seconds_ratio" not in row:
+        return text
+    return f"{text} ({row['seconds_ratio']} and {row['memory_ratio']} times)"
 
-    groups: the rows of a workload and type, one a side
-    """
+
+def table(groups: list[list[dict]]) -> str:
+    """Markdown: a line per workload and type, of whose rows, one a side, each group is made."""
     lines = ["| workload | type | of the limit | first | others |", "|---|---|---|---|---|"]
     for rows in groups:
-        cells = []
-        for row in rows:
-            cell = f"{row['side']}: "
-            cell += "failed" if "error" in row else f"{row['seconds']} s, {row['peak_mib']:,} MiB"
-            if "seconds_ratio" in row:
-                cell += f" ({row['seconds_ratio']} and {row['memory_ratio']} times)"
-            cells.append(cell)
         about = [str(rows[0].get(key, "")) for key in ("workload", "dtype", "of_limit")]
-        lines.append(f"| {' | '.join([*about, cells[0], '; '.join(cells[1:])])} |")
+        first, *others = map(cell, rows)
+        lines.append(f"| {' | '.join([*about, first, '; '.join(others)])} |")
     return "\n".join(lines)
 
 

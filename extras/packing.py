@@ -716,11 +716,11 @@ class PackedEngine:
             first, last = np.asarray(min(prompts)), np.asarray(max(prompts))
             shared = min(common_prefix(first, last), min(map(len, prompts)) - 1)
         # A few, a 16th of a row at most, are cheaper in each row than in a pass of their own.
-        if shared < min(SHARED_FROM, self.token_budget // 16):
-            shared = 0
-        else:
+        if shared >= max(1, min(SHARED_FROM, self.token_budget // 16)):
             cache = RowCache()
             self._forward(next(pack([prompts[0][:shared]], self.token_budget)), cache)
+        else:
+            shared = 0
         for row in pack(prompts, self.token_budget, shared):
             own = RowCache(cache)
             yield row, own, self._forward(row, own)

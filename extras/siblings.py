@@ -84,7 +84,7 @@ class Ragged:
         self.first = None
         if sizes.min() < len(steps):
             self.first = torch.from_numpy(steps < sizes[:, None]).flatten()[:, None]
-        straight = bool((np.diff(at) == 1).all())
+        straight = len(at) > 0 and bool((np.diff(at) == 1).all())
         # A slice where one serves: no copy.
         self.at = slice(int(at[0]), int(at[-1]) + 1) if straight else torch.from_numpy(at)
 
@@ -115,7 +115,7 @@ class Siblings:
 
     def __init__(self, group: Group, window: int | None, dtype: torch.dtype):
         far, pieces = group.far, group.pieces
-        self.far = Ragged([pieces[0][0][:far]]).at if far else slice(0, 0)
+        self.far = Ragged([pieces[0][0][:far]]).at
         self.near = Ragged([columns[far:] for columns, _, _ in pieces])
         self.tokens = Ragged([np.arange(end - count, end) for _, count, end in pieces])
         # Columns are one path, and its last are the tokens: to be no deeper is to be seen.

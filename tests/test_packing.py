@@ -619,6 +619,13 @@ def test_when_nothing_is_left_to_give_up_the_error_says_what_to_change(folders, 
     assert len(tried) == len(set(tried))  # each attempt had less than the one before
 
 
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1]])
+def test_rows_of_a_few_tokens_change_no_value(folders, twins, texts):
+    small, plain = load(folders("llama"), "packed", token_budget=8), twins("llama")[1]
+    assert isinstance(small.engine, packing.PackedEngine)
+    assert tokens(small, asks(*texts), 2, 7, 1.0) == tokens(plain, asks(*texts), 2, 7, 1.0)
+
+
 def test_what_an_out_of_memory_took_comes_back_by_halves(folders, monkeypatch):
     monkeypatch.setattr(packing, "RECOVER_AFTER", 2)
     policy = load(folders("llama"), "packed", token_budget=512, slots=8)
