@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from extras import cpu, cuda
+from extras import cpu, cuda, kernels
 from extras.cpu import keep_freed, trim
 from extras.fused import CPU_MIB, SHARE, copy_bytes, dense, fused, watched
 from extras.siblings import RunAttention, Siblings, common_prefix, grouped, remembering
@@ -177,38 +177,45 @@ class SlotSight:
     """What a sampling step's new tokens see: their own slot so far, and what all samples share."""
 
     def __init__(self, length: Tensor, width: int, dtype: torch.dtype, shared: "RowCache | None"):
-        columns = torch.arange(width, device=length.device)
-        # (n, W): how far back a column is; below 0 it is not filled yet.
-        self.back, self.dtype, self.shared = length[:, None] - columns, dtype, shared
+        self.length, self.width, self.dtype, self.shared = length, width, dtype, shared
         self.masks: dict[int | None, Tensor] = {}
         # (n * kv heads, 1, W), the same in all layers
         self.by_head: Tensor | None = None
 
     def handle(self) -> Tensor:
         """The attention mask to give to the model: carries this object to every layer."""
-        # A view: what self holds must not hold self, or both live until Python's collector runs.
-        mask = self._mask(None)[:]
+        shape = (len(self.length), 1, 1, self.width)
+        mask = torch.zeros((), dtype=self.dtype, device=self.length.device).expand(shape)
         mask.sight = self
         return mask
 
     def _mask(self, window: int | None) -> Tensor:
         """(n, 1, 1, W), additive"""
         if window not in self.masks:
-            hidden = self.back < 0
+            # (n, W): how far back a column is; below 0 it is not filled yet.
+            device = self.length.device
+            back = self.length[:, None] - torch.arange(self.width, device=device)
+            hidden = back < 0
             if window:
-                hidden |= self.back >= window
-            zeros = torch.zeros(self.back.shape, dtype=self.dtype, device=self.back.device)
+                hidden |= back >= window
+            zeros = torch.zeros(back.shape, dtype=self.dtype, device=device)
             self.masks[window] = zeros.masked_fill_(hidden, -torch.inf)[:, None, None]
         return self.masks[window]
 
     def attend(self, module, query, key, value, scale, window, bend) -> Tensor:
         """query (n, H, 1, D), key and value (n, h, W, D) -> (n, 1, H, D)"""
-        if self.shared is None:
+        shared = None if self.shared is None else self.shared.kv[module.layer_idx]
+        compiled = None
+        if key.device.type == "cpu" and not bend and value.shape[3] == key.shape[3]:
+            group = query.shape[1] // key.shape[1]
+            compiled = kernels.attention(group, key.shape[3], key.dtype)
+        if compiled:
+            return compiled(query, key, value, self.length, shared, window, scale)
+        if shared is None:
             return masked(module, query, key, value, self._mask(window), scale, bend)
         if self.by_head is None:
             mask = self._mask(None).expand(-1, key.shape[1], -1, -1)
             self.by_head = mask.flatten(0, 1)
-        shared = self.shared.kv[module.layer_idx]
         return attention_after(shared, query, key, value, self.by_head, scale)
 
 
@@ -256,7 +263,8 @@ def masked(module, query, key, value, mask, scale, bend: dict) -> Tensor:
 
 
 def fuse_norms(model) -> None:
-    """RMSNorm in one kernel instead of eight, in each layer that F.rms_norm equals."""
+    """RMSNorm in one kernel instead of eight, in each layer that it equals."""
+    compiled = kernels.rms_norm(model.dtype) if model.device.type == "cpu" else None
     for module in model.modules():
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -264,6 +272,8 @@ def fuse_norms(model) -> None:
         if not named or eps is None or getattr(weight, "dtype", None) != model.dtype:
             continue
         fused = partial(F.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+        if compiled:
+            fused = partial(compiled, weight=weight, eps=eps)
         x = torch.linspace(-3, 3, 4 * len(weight)).view(4, -1).to(weight)
         one, other = fused(x).float(), module(x).float()
         if (one - other).abs().max() <= torch.finfo(x.dtype).eps * 4 * other.abs().max():

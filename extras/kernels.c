@@ -1,0 +1,151 @@
+/* kernels.c: RMSNorm, and attention of one new token a sample, for kernels.py, which compiles it.
+ *
+ * Constants: BF16, 1 or 0; for attention GROUP, query heads per key head, and DIM, a head's size.
+ * Vectors are multiples of 16 numbers long.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+/* Numbers from which on work is shared among threads. */
+#define MUCH 32768
+
+/* 16 numbers, wherever in memory; the compiler makes of it what the machine has. */
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
+
+#if BF16
+/* bf16 is the upper half of fp32. */
+typedef uint16_t number;
+static inline vec load(const number *from) {
+    words wide = __builtin_convertvector(*(const halves *)from, words) << 16;
+    vec x;
+    memcpy(&x, &wide, sizeof x);
+    return x;
+}
+static inline void store(number *to, vec x) {
+    words wide;
+    memcpy(&wide, &x, sizeof x);
+    /* To the nearest, a tie to the even one. */
+    wide = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    *(halves *)to = __builtin_convertvector(wide, halves);
+}
+#else
+typedef float number;
+static inline vec load(const number *from) { return *(const vec *)from; }
+static inline void store(number *to, vec x) { *(vec *)to = x; }
+#endif
+
+static inline float sum(vec x) {
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += x[i];
+    return s;
+}
+
+/* x, upstream and out (rows, dim), scale (dim,); upstream 0: out = x / rms(x) * scale, else the
+ * gradient of x. */
+void rms_norm(const number *x, const number *scale, const number *upstream, number *out, long rows,
+              long dim, float eps) {
+#pragma omp parallel for if (rows * dim > MUCH)
+    for (long at = 0; at < rows * dim; at += dim) {
+        vec squares = {0}, products = {0};
+        for (long d = 0; d < dim; d += LANES) {
+            vec one = load(x + at + d);
+            squares += one * one;
+            if (upstream) products += one * load(scale + d) * load(upstream + at + d);
+        }
+        const float k = 1 / sqrtf(sum(squares) / dim + eps);
+        const float share = k * k * sum(products) / dim;
+        for (long d = 0; d < dim; d += LANES) {
+            vec one = load(x + at + d), by = load(scale + d);
+            if (upstream)
+                store(out + at + d, k * (by * load(upstream + at + d) - share * one));
+            else
+                store(out + at + d, k * one * by);
+        }
+    }
+}
+
+#ifdef GROUP
+#define VECTORS (DIM / LANES)
+/* Of a head, as many accumulators as registers hold. */
+#define TILE (VECTORS % 4 == 0 ? 4 : VECTORS % 2 == 0 ? 2 : 1)
+
+/* score[g][i] = query[g] . keys[i], i < count */
+static inline void multiply(vec query[GROUP][VECTORS], const number *keys, long count, long room,
+                            float score[GROUP][room]) {
+    for (long i = 0; i < count; i++) {
+        vec key[VECTORS];
+        for (int d = 0; d < VECTORS; d++) key[d] = load(keys + i * DIM + d * LANES);
+        for (int g = 0; g < GROUP; g++) {
+            vec s = query[g][0] * key[0];
+            for (int d = 1; d < VECTORS; d++) s += query[g][d] * key[d];
+            score[g][i] = sum(s);
+        }
+    }
+}
+
+/* out[g] += weight[g][i] values[i], summed over i < count */
+static inline void gather(long room, float weight[GROUP][room], const number *values, long count,
+                          vec out[GROUP][VECTORS]) {
+    for (int at = 0; at < VECTORS; at += TILE) {
+        vec s[GROUP][TILE];
+        memset(s, 0, sizeof s);
+        for (long i = 0; i < count; i++)
+            for (int d = 0; d < TILE; d++) {
+                vec value = load(values + i * DIM + (at + d) * LANES);
+                for (int g = 0; g < GROUP; g++) s[g][d] += weight[g][i] * value;
+            }
+        for (int g = 0; g < GROUP; g++)
+            for (int d = 0; d < TILE; d++) out[g][at + d] += s[g][d];
+    }
+}
+
+static inline void softmax(float *x, long count) {
+    float most = x[0], total = 0;
+    for (long i = 1; i < count; i++) most = x[i] > most ? x[i] : most;
+    for (long i = 0; i < count; i++) total += x[i] = expf(x[i] - most);
+    for (long i = 0; i < count; i++) x[i] /= total;
+}
+
+/* One new token for each of n samples, which see `shared` tokens that are the same for all, then
+ * of their own the last `window` of the first length[sample] + 1.
+ *
+ * query and out (n, heads * GROUP, DIM); far keys and values (heads, shared, DIM); near ones
+ * (n, heads, columns, DIM).
+ */
+void attend(const number *query, const number *far_keys, const number *far_values,
+            const number *near_keys, const number *near_values, const int64_t *length, number *out,
+            long n, long heads, long shared, long columns, long window, float scale) {
+    const long room = shared + columns;
+#pragma omp parallel
+    {
+        /* Not on a thread's stack, which may be smaller. */
+        float(*score)[room] = malloc(sizeof(float[GROUP][room]));
+/* Head by head, so that what is shared stays in the cache. */
+#pragma omp for schedule(dynamic, 4)
+        for (long job = 0; job < heads * n; job++) {
+            const long head = job / n, sample = job % n, place = sample * heads + head;
+            const long end = length[sample] + 1, start = end > window ? end - window : 0;
+            const long far = head * shared * DIM, near = (place * columns + start) * DIM;
+            vec q[GROUP][VECTORS], result[GROUP][VECTORS];
+            memset(result, 0, sizeof result);
+            for (int g = 0; g < GROUP; g++)
+                for (int d = 0; d < VECTORS; d++)
+                    q[g][d] = scale * load(query + (place * GROUP + g) * DIM + d * LANES);
+            multiply(q, far_keys + far, shared, room, score);
+            multiply(q, near_keys + near, end - start, room, (void *)&score[0][shared]);
+            for (int g = 0; g < GROUP; g++) softmax(score[g], shared + end - start);
+            gather(room, score, far_values + far, shared, result);
+            gather(room, (void *)&score[0][shared], near_values + near, end - start, result);
+            for (int g = 0; g < GROUP; g++)
+                for (int d = 0; d < VECTORS; d++)
+                    store(out + (place * GROUP + g) * DIM + d * LANES, result[g][d]);
+        }
+        free(score);
+    }
+}
+#endif

@@ -1,0 +1,184 @@
+"""kernels.py: two functions in C (kernels.c), for where there is no GPU.
+
+    attention   of one new token a sample: torch's own computes a block of queries, of which there
+                is one here, and reads memory at an eighth of its speed
+    rms_norm    which torch does in seven passes
+
+The same numbers, to rounding. They are compiled when a model is loaded, in half a second, and tried
+against torch's own, which serve where there is no compiler.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".c")
+# Not by one command: linked with fast mathematics, a library would change how the whole process
+# computes; with OpenMP, a second one beside torch's would keep its own threads.
+COMPILE = "-O3 -march=native -ffast-math -fopenmp -fPIC -Wno-psabi -c".split()
+LINK = "-shared -nostdlib".split()
+# Numbers that the C code works on at a time.
+LANES = 16
+NO_WINDOW = 1 << 60
+# How far a result may be from torch's.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+POINTER, LONG, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+
+
+def build(**constants: int) -> ctypes.CDLL:
+    """The library, compiled for these constants.
+
+    Raises OSError (no compiler, no library), subprocess.SubprocessError (it fails).
+    """
+    compiler = os.environ.get("CC", "cc")
+    run = lambda *words: subprocess.run(words, check=True, capture_output=True, timeout=60)
+    with tempfile.TemporaryDirectory() as folder:
+        code, library = f"{folder}/kernels.o", f"{folder}/kernels.so"
+        named = [f"-D{name}={value}" for name, value in constants.items()]
+        run(compiler, *COMPILE, *named, str(SOURCE), "-o", code)
+        run(compiler, *LINK, code, "-o", library, "-lm")
+        # Loaded, it needs no file.
+        return ctypes.CDLL(library)
+
+
+@cache
+def missing(reason: str) -> None:
+    """Say, once, why torch's own serves."""
+    print(f"  kernels.c is not used, which is slower: {reason[:200]}")
+
+
+def tried(make: Callable, same: Callable, dtype: torch.dtype, **constants: int) -> Callable | None:
+    """make(library)'s function, if it is the `same` as torch's; None, which it says, if not."""
+    try:
+        if sys.platform != "linux":
+            raise OSError("Linux only")
+        function = make(build(**constants, BF16=int(dtype == torch.bfloat16)))
+        if same(function, dtype):
+            return function
+        missing("it computes something else here")
+    except (OSError, subprocess.SubprocessError) as error:
+        missing(str(error))
+    return None
+
+
+def close(ours: list[Tensor], exact: list[Tensor]) -> bool:
+    """Are they the same, to rounding? A nan is not."""
+    limit = dict(atol=TOLERANCE[exact[0].dtype], rtol=2e-2)
+    return all(torch.allclose(x, y, **limit) for x, y in zip(ours, exact, strict=True))
+
+
+# ------------------------------------------------------------------------------ attention
+
+
+@cache
+def attention(group: int, dim: int, dtype: torch.dtype) -> Callable | None:
+    """A function for heads of that size, `group` queries a key; None: torch's own serves."""
+    if dtype not in TOLERANCE or dim % LANES:
+        return None
+    same = partial(same_attention, group, dim)
+    return tried(attention_by, same, dtype, GROUP=group, DIM=dim)
+
+
+def attention_by(library: ctypes.CDLL) -> Callable:
+    """The library's function, for tensors."""
+    library.attend.argtypes = [POINTER] * 7 + [LONG] * 5 + [FLOAT]
+    library.attend.restype = None
+
+    def attend(query, key, value, length, shared=None, window=None, scale=None) -> Tensor:
+        """query (n, H, 1, D), key and value (n, h, W, D), length (n,) -> (n, 1, H, D)
+
+        A sample sees the last `window` of its first length + 1 columns, and all of the shared
+        keys and values (1, h, P, D). Key and value may be the first samples and columns of
+        longer ones.
+        """
+        n, heads, _, dim = query.shape
+        query, (far_key, far_value) = query.contiguous(), shared or (key[:1, :, :0],) * 2
+        columns = key.stride(1) // dim
+        out = query.new_empty(n, 1, heads, dim)
+        read = [query, far_key, far_value, key, value, length, out]
+        sizes = n, key.shape[1], far_key.shape[2], columns, window or NO_WINDOW
+        library.attend(*[t.data_ptr() for t in read], *sizes, scale or dim**-0.5)
+        return out
+
+    return attend
+
+
+def same_attention(group: int, dim: int, attend: Callable, dtype: torch.dtype) -> bool:
+    """Is it torch's attention, on two samples that share some columns?"""
+    draw = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(shape, generator=draw).to(dtype)
+    query, key, value = make(2, 2 * group, 1, dim), make(2, 2, 40, dim), make(2, 2, 40, dim)
+    shared, length = (make(1, 2, 9, dim), make(1, 2, 9, dim)), torch.tensor([39, 20])
+    exact = []
+    for i, seen in enumerate(length + 1):
+        k, v = (torch.cat([s, t[i : i + 1, :, :seen]], 2) for s, t in zip(shared, (key, value)))
+        one = F.scaled_dot_product_attention(query[i : i + 1], k, v, enable_gqa=True)
+        exact.append(one[0].transpose(0, 1))
+    return close([*attend(query, key, value, length, shared)], exact)
+
+
+# ------------------------------------------------------------------------------ RMSNorm
+
+
+@cache
+def rms_norm(dtype: torch.dtype) -> Callable | None:
+    """F.rms_norm's function of (x, weight, eps), for weights that are not trained; or None."""
+    return tried(rms_norm_by, same_rms_norm, dtype) if dtype in TOLERANCE else None
+
+
+def rms_norm_by(library: ctypes.CDLL) -> Callable:
+    """The library's function, for tensors."""
+    library.rms_norm.argtypes = [POINTER] * 4 + [LONG] * 2 + [FLOAT]
+    library.rms_norm.restype = None
+
+    def call(x: Tensor, weight: Tensor, eps: float, upstream: Tensor | None = None) -> Tensor:
+        """x (..., d), weight (d,) -> (..., d): its norm, or upstream's gradient"""
+        x, dim = x.contiguous(), len(weight)
+        grad = None if upstream is None else upstream.contiguous()
+        out = torch.empty_like(x)
+        read = [None if t is None else t.data_ptr() for t in (x, weight, grad, out)]
+        library.rms_norm(*read, x.numel() // dim, dim, eps)
+        return out
+
+    class RMSNorm(torch.autograd.Function):
+        """x / rms(x) * weight; only x is kept."""
+
+        @staticmethod
+        def forward(ctx, x: Tensor, weight: Tensor, eps: float):
+            ctx.save_for_backward(x, weight)
+            ctx.eps = eps
+            return call(x, weight, eps)
+
+        @staticmethod
+        def backward(ctx, upstream: Tensor):
+            return call(*ctx.saved_tensors, ctx.eps, upstream), None, None
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """(..., d) -> (..., d)"""
+        if len(weight) % LANES or x.dtype != weight.dtype or weight.requires_grad:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        # Without gradients not by autograd, whose call takes as long as a few rows.
+        return (RMSNorm.apply if torch.is_grad_enabled() else call)(x, weight, eps)
+
+    return rms_norm
+
+
+def same_rms_norm(function: Callable, dtype: torch.dtype) -> bool:
+    """Is it torch's, and so its gradient?"""
+    x, weight = torch.linspace(-2, 3, 96).to(dtype).view(3, 32), torch.linspace(-1, 2, 32).to(dtype)
+    results = []
+    for norm in (function, lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)):
+        with torch.enable_grad():
+            one = x.clone().requires_grad_()
+            out = norm(one, weight, 1e-5)
+            results.append([out, *torch.autograd.grad(out.square().sum(), one)])
+    return close(*results)
