@@ -161,11 +161,16 @@ def misses(exact: rl.Policy, prompt, tokens, uniform, temperature: float) -> flo
 @pytest.mark.parametrize("kind, bits", MODELS)
 def test_half_precision_samples_what_the_draws_pick(sides, card, kind, bits, shared, monkeypatch):
     policy, exact = sides(kind, bits)
-    ids, after, real = draws(4), [], packing.attention_after
+    ids, after, real = draws(4), [], packing.SlotSight.attend
     head = ids(shared)
     prompts = [head + ids(n) for n in (6, 11, 3)]
     uniform = 1 - torch.rand(3, 4, 16, generator=torch.Generator().manual_seed(5))
-    monkeypatch.setattr(packing, "attention_after", lambda *a: after.append(1) or real(*a))
+
+    def spy(sight, *args):
+        after.extend([] if sight.shared is None else [1])
+        return real(sight, *args)
+
+    monkeypatch.setattr(packing.SlotSight, "attend", spy)
     for slots, temperature, ends in ((4, 0.8, set(range(0, 250, 16))), (64, 0.0, set())):
         monkeypatch.setattr(policy.engine, "slots", slots)
         monkeypatch.setattr(policy.engine, "eos", ends)

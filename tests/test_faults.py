@@ -336,7 +336,7 @@ def test_a_lost_file_is_one_clear_line(setup, tmp_path, capsys):
 # ------------------------------------------------------------ many steps
 
 
-def test_three_hundred_steps_take_no_more_memory_than_half_of_them(setup, monkeypatch):
+def test_four_hundred_steps_take_no_more_memory_than_the_first_250(setup, monkeypatch):
     """Nor does a step leave anything on the disk but its line of the log."""
     real, held, sizes = seif.Run.log, [], []
 
@@ -348,10 +348,10 @@ def test_three_hundred_steps_take_no_more_memory_than_half_of_them(setup, monkey
 
     monkeypatch.setattr(seif.Run, "log", watch)
     few = dict(batch=1, group=2, max_new_tokens=4, instructor_tokens=4, updates=1)
-    both = dict(instructor_steps="100", follower_steps="200")
+    both = dict(instructor_steps="100", follower_steps="300")
     assert seif.main(setup("run", turns=1, **few, **both)) == 0
-    assert len(held) == 302
+    assert len(held) == 402
     # By then oneDNN has as many compiled kernels as it keeps.
-    assert held[-2] < 1.05 * held[150], [h >> 20 for h in held[::20]]
+    assert held[-2] < 1.05 * held[250], [h >> 20 for h in held[::20]]
     # Adapters and the state have their sizes from the second stage's first saved step on.
     assert sizes[-2] < 1.05 * sizes[101]
