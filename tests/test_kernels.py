@@ -139,9 +139,18 @@ def test_a_policy_samples_by_them(tmp_path, kind, monkeypatch):
 def test_without_a_compiler_torch_serves_and_a_line_says_so_once(monkeypatch, capsys):
     monkeypatch.setenv("CC", "no-such-compiler")
     assert kernels.attention(3, 64, torch.bfloat16) is None
-    assert kernels.rms_norm(torch.bfloat16) is None
+    assert kernels.rms_norm(torch.bfloat16) is kernels.rms_norm_of_torch
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 and "kernels.c is not used" in said[0] and "no-such-compiler" in said[0]
+
+
+@needs_compiler
+def test_what_the_compiler_says_is_said(monkeypatch, capsys, tmp_path):
+    broken = tmp_path / "kernels.c"
+    broken.write_text("int attend(")
+    monkeypatch.setattr(kernels, "SOURCE", broken)
+    assert kernels.attention(3, 64, torch.float32) is None
+    assert "error" in capsys.readouterr().out
 
 
 @needs_compiler
@@ -156,10 +165,10 @@ def test_one_that_computes_something_else_is_not_used(monkeypatch, capsys):
     half = lambda y: y / 2 + y.detach() / 2
     slow = lambda library: lambda *args: half(real_norm(library)(*args))
     monkeypatch.setattr(kernels, "rms_norm_by", slow)
-    assert kernels.rms_norm(torch.float32) is None
+    assert kernels.rms_norm(torch.float32) is kernels.rms_norm_of_torch
 
 
 def test_what_it_is_not_made_for_is_torchs():
     assert kernels.attention(3, 20, torch.float32) is None
     assert kernels.attention(3, 64, torch.float16) is None
-    assert kernels.rms_norm(torch.float16) is None
+    assert kernels.rms_norm(torch.float16) is kernels.rms_norm_of_torch

@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import KINDS, OTHERS, make_model, randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -308,9 +307,9 @@ def by_torch_alone(model, monkeypatch):
     monkeypatch.setattr(packing.kernels, "attention", lambda *args: None)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and "forward" in vars(module):
-            eps, how = module.variance_epsilon, dict(weight=module.weight)
-            how |= dict(normalized_shape=module.weight.shape, eps=eps)
-            monkeypatch.setattr(module, "forward", partial(F.rms_norm, **how))
+            how = dict(weight=module.weight, eps=module.variance_epsilon)
+            by_torch = partial(packing.kernels.rms_norm_of_torch, **how)
+            monkeypatch.setattr(module, "forward", by_torch)
 
 
 def recorded(work, pool):
