@@ -9,8 +9,6 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Callable
-from functools import cache
 
 import psutil
 import torch
@@ -33,8 +31,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 KEEP = {-1: 2047 << 20, -4: 0}
 # Of the machine's memory: with less than this left, freed memory goes back to the system.
 SHORT = 0.25
-# Up to here MKL multiplies, in fp32, a tall matrix by a narrow one faster than the other way round;
-# and the rows that oneDNN is told to expect.
+# Up to here MKL multiplies, in fp32, a tall matrix by a narrow one faster than the other way round.
 FEW_TOKENS = 64
 # 4-bit weights whose values take no more are held unpacked.
 UNPACK_MIB = 4096
@@ -83,33 +80,6 @@ class UnpackedLinear(nn.Linear):
             y += self.bias[:, None]
         # Flash attention wants a contiguous last dimension.
         return y.T.contiguous().unflatten(0, x.shape[:-1])
-
-
-@cache
-def packs(dtype: torch.dtype) -> bool:
-    """Does `packed` pay here, and does it compute W x + b?"""
-    # In fp32 a step of 64 samples takes 8 % longer with it where AVX2 is all there is.
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if dtype != torch.bfloat16 and not (wide and dtype == torch.float32):
-        return False
-    x, weight = torch.linspace(-1, 2, 96), torch.linspace(-2, 1, 1536)
-    x, weight, bias = (t.to(dtype) for t in (x.view(3, 32), weight.view(48, 32), torch.ones(48)))
-    try:
-        y = packed(weight, bias)(x)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return torch.allclose(y, F.linear(x, weight, bias), rtol=0.02, atol=0.1)
-
-
-def packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """x -> W x + b by a copy of W in the order in which oneDNN multiplies few rows fastest.
-
-    With W as it is a step of 16 samples takes up to twice as long in its products. The two calls
-    are ones that torch.compile makes, and not public.
-    """
-    operations = torch.ops.mkldnn
-    weight = operations._reorder_linear_weight(weight, FEW_TOKENS)
-    return lambda x: operations._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def is_four_bit(layer: nn.Module) -> bool:

@@ -7,7 +7,7 @@ same tensor (q, k and v; gate and up) are multiplied as one, their LoRA with the
     [y1; y2; ...] = [W1; W2; ... | diag(s B1, s B2, ...)] [x; z]
 
 It takes a copy of the weights: 4 bits are unpacked, which bitsandbytes would do at each call, and
-on a CPU they, and the output head's, are put in the order in which it multiplies fastest.
+on a CPU they, and the output head's, are put in the order in which kernels.c reads them.
 """
 
 from collections.abc import Callable, Iterator
@@ -75,34 +75,40 @@ def watched(layers: nn.Module, dtype: torch.dtype) -> Iterator[list[list[nn.Modu
             hook.remove()
 
 
+def product_of_torch(down: Tensor | None, weight: Tensor, bias: Tensor | None) -> Callable:
+    """down (r, in), weight (out, in + r), bias (out,) -> x -> [x; down x] weight^T + bias"""
+    if down is None:
+        return partial(F.linear, weight=weight, bias=bias)
+    return lambda x: F.linear(torch.cat([x, F.linear(x, down)], -1), weight, bias)
+
+
 class Fused:
     """Layers that are given the same tensor, as one product; the first one called computes all."""
 
     def __init__(self, layers: list[nn.Module], dtype: torch.dtype, product: Callable):
         bases = [base_of(layer) for layer in layers]
         weights = [values(base, dtype) for base in bases]
-        self.sizes, self.down = [len(w) for w in weights], None
+        self.sizes = [len(w) for w in weights]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         down, up = zip(*map(lora_of, layers))
         down, up = torch.cat(down), torch.block_diag(*up)
         if len(down):
             pad = -len(down) % ALIGNED
-            self.down = product(F.pad(down, (0, 0, 0, pad)).to(dtype), None)
+            down = F.pad(down, (0, 0, 0, pad)).to(dtype)
             weight = torch.cat([weight, F.pad(up, (0, pad)).to(dtype)], 1)
         biases = [base.bias for base in bases]
         if any(bias is not None for bias in biases):
             zeros = [w.new_zeros(len(w)) for w in weights]
             own = [zero if bias is None else bias for bias, zero in zip(biases, zeros)]
             biases = [torch.cat(own).to(dtype)]
-        self.product = product(weight, biases[0])
+        self.product = product(down if len(down) else None, weight, biases[0])
         # The tensor they were given last, its version, and what it gives those not yet called.
         self.x, self.version, self.ready = None, 0, {}
 
     def forward(self, place: int, x: Tensor) -> Tensor:
         """(..., in) -> (..., out of this layer)"""
         if self.x is not x or self.version != x._version or place not in self.ready:
-            y = self.product(x if self.down is None else torch.cat([x, self.down(x)], -1))
-            self.ready = dict(enumerate(y.split(self.sizes, -1)))
+            self.ready = dict(enumerate(self.product(x).split(self.sizes, -1)))
             self.x, self.version = x, x._version
         mine = self.ready.pop(place)
         if not self.ready:
@@ -117,13 +123,12 @@ def copy_bytes(groups: list[list[nn.Module]], dtype: torch.dtype) -> int:
 
 
 @contextmanager
-def fused(groups: list, dtype: torch.dtype, most: float, product=None) -> Iterator[None]:
+def fused(groups: list, dtype: torch.dtype, most: float, product=product_of_torch) -> Iterator:
     """Without gradients, the groups' layers compute as one, if a copy takes at most `most` bytes.
 
-    product(weight, bias) -> x -> W x + b
+    product: as product_of_torch
     """
     groups = groups if copy_bytes(groups, dtype) <= most else []
-    product = product or (lambda weight, bias: partial(F.linear, weight=weight, bias=bias))
     try:
         for group in groups:
             one = Fused(group, dtype, product)

@@ -1,21 +1,31 @@
-/* kernels.c: RMSNorm, and attention of one new token a sample, for kernels.py, which compiles it.
+/* kernels.c: what a sampling step computes for each token, for kernels.py, which compiles it.
  *
  * Constants: BF16, 1 or 0; for attention GROUP, query heads per key head, and DIM, a head's size.
- * Vectors are multiples of 16 numbers long.
+ * Norms and heads have a multiple of 16 numbers.
  */
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
+/* As many numbers as a register of the machine holds: of more the compiler makes poor code. */
+#ifdef __AVX512F__
 #define LANES 16
+#else
+#define LANES 8
+#endif
 /* Numbers from which on work is shared among threads. */
 #define MUCH 32768
 
-/* 16 numbers, wherever in memory; the compiler makes of it what the machine has. */
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
+/* LANES numbers, wherever in memory. */
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+
+/* OpenMP's: which thread this is. */
+int omp_get_thread_num(void);
 
 #if BF16
 /* bf16 is the upper half of fp32. */
@@ -69,6 +79,105 @@ void rms_norm(const number *x, const number *scale, const number *upstream, numb
     }
 }
 
+/* Products: a tile is ROWS tokens by WIDE outputs, summed over STEP inputs at a time. */
+#define COLUMNS 2
+#define WIDE (COLUMNS * LANES)
+#define ROWS (LANES / 2)
+
+#if BF16 && defined __AVX512BF16__
+#define STEP 2
+typedef int32_t input;
+typedef __m512bh weights;
+static inline weights unfold(const number *from) { return (weights)_mm512_loadu_si512(from); }
+static inline vec add(vec sum, weights w, input x) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, w, (weights)_mm512_set1_epi32(x));
+}
+static inline input take(const number *from) {
+    input x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+#else
+#define STEP 1
+typedef float input;
+typedef vec weights;
+static inline weights unfold(const number *from) { return load(from); }
+static inline vec add(vec sum, weights w, input x) { return sum + w * x; }
+static inline input take(const number *from) {
+#if BF16
+    const uint32_t wide = (uint32_t)*from << 16;
+    input x;
+    memcpy(&x, &wide, sizeof x);
+    return x;
+#else
+    return *from;
+#endif
+}
+#endif
+
+const int wide = WIDE, step = STEP, tokens = ROWS;
+
+/* out[r][c] += the tokens x (count, ROWS) times the weights w (count, WIDE, STEP) */
+static inline void tile(const input *x, const number *w, long count, vec out[ROWS][COLUMNS]) {
+    vec s[ROWS][COLUMNS];
+    memcpy(s, out, sizeof s);
+    for (long i = 0; i < count; i++) {
+        weights one[COLUMNS];
+        for (int c = 0; c < COLUMNS; c++) one[c] = unfold(w + (i * COLUMNS + c) * LANES * STEP);
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < COLUMNS; c++) s[r][c] = add(s[r][c], one[c], x[i * ROWS + r]);
+    }
+    memcpy(out, s, sizeof s);
+}
+
+/* out (n, outs) = [x; z] weight^T + bias, where z = x down^T, for x (n, ins).
+ *
+ * down (rank, ins) and weight (outs, ins + rank) lie in panels (outs / WIDE, ins / STEP, WIDE,
+ * STEP), outs and rank filled up to whole ones. [x; z] is laid out likewise, in `room`: (n / ROWS,
+ * (ins + rank) / STEP, ROWS, STEP).
+ */
+void product(const number *x, const number *down, const number *weight, const number *bias,
+             number *out, input *room, long n, long ins, long rank, long outs) {
+    const long own = ins / STEP, all = (ins + rank) / STEP, blocks = (n + ROWS - 1) / ROWS;
+#pragma omp parallel
+    {
+#pragma omp for
+        for (long b = 0; b < blocks; b++)
+            for (long i = 0; i < own; i++)
+                for (long r = 0; r < ROWS; r++) {
+                    const long token = b * ROWS + r;
+                    room[(b * all + i) * ROWS + r] =
+                        token < n ? take(x + token * ins + i * STEP) : 0;
+                }
+        if (rank) {
+#pragma omp for collapse(2)
+            for (long panel = 0; panel < rank; panel += WIDE)
+                for (long b = 0; b < blocks; b++) {
+                    vec s[ROWS][COLUMNS] = {0};
+                    number z[WIDE];
+                    input *block = room + b * all * ROWS;
+                    tile(block, down + panel * ins, own, s);
+                    for (int r = 0; r < ROWS; r++) {
+                        for (int c = 0; c < COLUMNS; c++) store(z + c * LANES, s[r][c]);
+                        for (long i = 0; i < WIDE && panel + i < rank; i += STEP)
+                            block[(own + (panel + i) / STEP) * ROWS + r] = take(z + i);
+                    }
+                }
+        }
+#pragma omp for
+        for (long panel = 0; panel < outs; panel += WIDE)
+            for (long b = 0; b < blocks; b++) {
+                vec s[ROWS][COLUMNS] = {0};
+                for (int r = 0; bias && r < ROWS; r++)
+                    for (int c = 0; c < COLUMNS; c++) s[r][c] = load(bias + panel + c * LANES);
+                tile(room + b * all * ROWS, weight + panel * (ins + rank), all, s);
+                for (int r = 0; r < ROWS && b * ROWS + r < n; r++)
+                    for (int c = 0; c < COLUMNS; c++)
+                        store(out + (b * ROWS + r) * outs + panel + c * LANES, s[r][c]);
+            }
+    }
+}
+
 #ifdef GROUP
 #define VECTORS (DIM / LANES)
 /* Of a head, as many accumulators as registers hold. */
@@ -115,16 +224,16 @@ static inline void softmax(float *x, long count) {
  * of their own the last `window` of the first length[sample] + 1.
  *
  * query and out (n, heads * GROUP, DIM); far keys and values (heads, shared, DIM); near ones
- * (n, heads, columns, DIM).
+ * (n, heads, columns, DIM). `scores` (threads, GROUP, shared + columns) is room.
  */
 void attend(const number *query, const number *far_keys, const number *far_values,
             const number *near_keys, const number *near_values, const int64_t *length, number *out,
-            long n, long heads, long shared, long columns, long window, float scale) {
+            float *scores, long threads, long n, long heads, long shared, long columns,
+            long window, float scale) {
     const long room = shared + columns;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
-        /* Not on a thread's stack, which may be smaller. */
-        float(*score)[room] = malloc(sizeof(float[GROUP][room]));
+        float(*score)[room] = (void *)(scores + omp_get_thread_num() * GROUP * room);
 /* Head by head, so that what is shared stays in the cache. */
 #pragma omp for schedule(dynamic, 4)
         for (long job = 0; job < heads * n; job++) {
@@ -145,7 +254,6 @@ void attend(const number *query, const number *far_keys, const number *far_value
                 for (int d = 0; d < VECTORS; d++)
                     store(out + (place * GROUP + g) * DIM + d * LANES, result[g][d]);
         }
-        free(score);
     }
 }
 #endif

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from extras import cpu, cuda, kernels
+from extras import cuda, kernels
 from extras.cpu import keep_freed, trim
 from extras.fused import CPU_MIB, SHARE, copy_bytes, dense, fused, watched
 from extras.siblings import RunAttention, Siblings, common_prefix, grouped, remembering
@@ -206,7 +206,8 @@ class SlotSight:
         """query (n, H, 1, D), key and value (n, h, W, D) -> (n, 1, H, D)"""
         shared = None if self.shared is None else self.shared.kv[module.layer_idx]
         compiled = None
-        if key.device.type == "cpu" and not bend and value.shape[3] == key.shape[3]:
+        alike = value.shape[3] == key.shape[3] and query.dtype == key.dtype
+        if key.device.type == "cpu" and not bend and alike:
             group = query.shape[1] // key.shape[1]
             compiled = kernels.attention(group, key.shape[3], key.dtype)
         if compiled:
@@ -739,12 +740,13 @@ class PackedEngine:
         if self.cuda:
             return fused(self.together, self.dtype, SHARE * self.free_bytes())
         trim()
-        most = CPU_MIB * 2**20 if cpu.packs(self.dtype) else 0
+        product = kernels.product(self.dtype)
+        most = CPU_MIB * 2**20 if product else 0
         groups, head = self.together, self.head.module
         # The head by itself, for the order of its weights, where there is room.
         if dense(head, self.dtype) and copy_bytes([*groups, [head]], self.dtype) <= most:
             groups = [*groups, [head]]
-        return fused(groups, self.dtype, most, cpu.packed)
+        return fused(groups, self.dtype, most, product)
 
     # -------------------------------------------- memory
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import shutil
 
 import pytest
@@ -20,7 +21,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def forget():
     """Nothing built, and nothing said, in another test."""
-    caches = kernels.attention, kernels.rms_norm, kernels.missing
+    caches = kernels.attention, kernels.rms_norm, kernels.product, kernels.build, kernels.missing
     for cached in caches:
         cached.cache_clear()
     yield
@@ -38,6 +39,52 @@ def exactly(query, key, value, seen, shared, scale):
         )
         out.append((k @ q * scale).softmax(0) @ v)
     return torch.stack(out)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rank, bias", [(0, True), (8, False), (40, True)])
+@pytest.mark.parametrize("outs", [32, 100])
+def test_product_is_the_formula(rank, bias, outs, dtype):
+    torch.manual_seed(0)
+    draw = lambda *shape: torch.randn(shape).to(dtype)
+    down, weight = draw(rank, 50), draw(outs, 50 + rank)
+    added = draw(outs) if bias else None
+    times = kernels.product(dtype)(down if rank else None, weight, added)
+    for n in (1, 7, 8, 9, 30):
+        # Rows that do not follow each other in memory.
+        x = draw(2, n, 100)[..., ::2]
+        whole = torch.cat([x, (x.double() @ down.double().T).to(dtype)], -1).double()
+        exact = whole @ weight.double().T + (added.double() if bias else 0)
+        y = times(x)
+        assert y.shape == exact.shape and y.dtype == dtype
+        assert (y - exact).abs().max() < (1e-5 if dtype == torch.float32 else 1e-2) * exact.max()
+
+
+@needs_compiler
+def test_a_product_takes_no_other_numbers_than_its_own():
+    times = kernels.product(torch.float32)(None, torch.ones(32, 4), None)
+    for wrong in (torch.ones(2, 4, dtype=torch.float64), torch.ones(2, 5)):
+        with pytest.raises(TypeError, match=r"float32 \(..., 4\)"):
+            times(wrong)
+    x = torch.ones(2, 4)
+    x[1, 2] = math.nan
+    assert (times(x)[0] == 4).all() and times(x)[1].isnan().all()
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its options")
+@pytest.mark.parametrize("lacks", ["avx512bf16", "avx512f"])
+def test_a_machine_that_has_less_computes_the_same(lacks, tmp_path, monkeypatch, capsys):
+    """Each is compared with torch's when it is made, or None."""
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC", "cc")} "$@" -mno-{lacks}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    for dtype in TYPES:
+        assert kernels.product(dtype) and kernels.attention(3, 64, dtype)
+        assert kernels.rms_norm(dtype) is not kernels.rms_norm_of_torch
+    assert not capsys.readouterr().out
 
 
 @needs_compiler
@@ -140,8 +187,10 @@ def test_without_a_compiler_torch_serves_and_a_line_says_so_once(monkeypatch, ca
     monkeypatch.setenv("CC", "no-such-compiler")
     assert kernels.attention(3, 64, torch.bfloat16) is None
     assert kernels.rms_norm(torch.bfloat16) is kernels.rms_norm_of_torch
+    assert kernels.product(torch.bfloat16) is None
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and "kernels.c is not used" in said[0] and "no-such-compiler" in said[0]
+    assert len(said) == 1 and "kernels.c is not used" in said[0]
+    assert "no C compiler no-such-compiler; install gcc" in said[0]
 
 
 @needs_compiler
@@ -166,9 +215,18 @@ def test_one_that_computes_something_else_is_not_used(monkeypatch, capsys):
     slow = lambda library: lambda *args: half(real_norm(library)(*args))
     monkeypatch.setattr(kernels, "rms_norm_by", slow)
     assert kernels.rms_norm(torch.float32) is kernels.rms_norm_of_torch
+    real_product = kernels.product_by
+    without_lora = lambda library: (
+        lambda down, weight, bias: real_product(library)(
+            None, weight if down is None else weight[:, : -len(down)], bias
+        )
+    )
+    monkeypatch.setattr(kernels, "product_by", without_lora)
+    assert kernels.product(torch.float32) is None
 
 
 def test_what_it_is_not_made_for_is_torchs():
     assert kernels.attention(3, 20, torch.float32) is None
     assert kernels.attention(3, 64, torch.float16) is None
+    assert kernels.product(torch.float16) is None
     assert kernels.rms_norm(torch.float16) is kernels.rms_norm_of_torch

@@ -13,11 +13,12 @@ from conftest import KINDS, OTHERS, make_model, randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rl
-from extras import cpu, cuda, fused, packing, siblings
+from extras import cpu, cuda, fused, kernels, packing, siblings
 
 CFG = types.SimpleNamespace(temperature=1.0, updates=1, kl=0.05)
 ENDS = set(range(0, 256, 16))  # frequent: samples finish, and are replaced, at different times
-onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+compiled = kernels.product(torch.float32)
+needs_compiler = pytest.mark.skipif(not compiled, reason="no C compiler")
 TEXTS = ("Name a fruit.", "Name a tree please.", "Name a", "Sing!" * 12)
 
 
@@ -270,7 +271,8 @@ def test_a_shared_prefix_is_read_in_one_place_only_where_the_window_reaches(
     shared, real = [], packing.attention_after
     spy = lambda *args: shared.append(1) or real(*args)
     monkeypatch.setattr(packing, "attention_after", spy)
-    monkeypatch.setattr(packing.kernels, "attention", lambda *args: None)
+    for function in ("attention", "product"):
+        monkeypatch.setattr(packing.kernels, function, lambda *args: None)
     messages = asks(*("Once upon a time. " * 10 + end for end in ("Go", "Stop it", "Go on")))
     assert len(packed.chat.encode(messages[0])) > packing.SHARED_FROM
     assert tokens(packed, messages, 2, 12, 0.9) == tokens(plain, messages, 2, 12, 0.9)
@@ -304,7 +306,8 @@ class Recorder(TorchDispatchMode):
 
 def by_torch_alone(model, monkeypatch):
     """As on a GPU: what is not torch's a recorder would not see."""
-    monkeypatch.setattr(packing.kernels, "attention", lambda *args: None)
+    for function in ("attention", "product"):
+        monkeypatch.setattr(packing.kernels, function, lambda *args: None)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and "forward" in vars(module):
             how = dict(weight=module.weight, eps=module.variance_epsilon)
@@ -378,7 +381,9 @@ def test_sizes_of_recordings_are_few_and_large_enough():
 
 
 @pytest.mark.parametrize("role", [None, "follower"])
-@pytest.mark.parametrize("product", [None, pytest.param(cpu.packed, marks=onednn)])
+@pytest.mark.parametrize(
+    "product", [fused.product_of_torch, pytest.param(compiled, marks=needs_compiler)]
+)
 @pytest.mark.parametrize(
     "kind, bits, together",
     [("llama", 4, "qkv o gu d"), ("qwen2", 16, "qkv o gu d"), ("phi3", 4, "q o g d")],
@@ -411,12 +416,11 @@ def test_layers_of_one_input_are_one_product(
             assert not any("forward" in vars(m) for m in policy.lora.values())
 
 
-@onednn
+@needs_compiler
 @pytest.mark.parametrize("kind, bits", [("llama", 4), ("qwen2", 16), ("gemma3", 16)])
 def test_sampling_by_fewer_products_picks_the_same_tokens(twins, kind, bits, monkeypatch):
     packed, plain = twins(kind, bits)
     made, real = [], fused.Fused
-    monkeypatch.setattr(cpu, "packs", lambda dtype: True)
     monkeypatch.setattr(fused, "Fused", lambda *args: made.append(real(*args)) or made[-1])
     for texts in (TEXTS, TEXTS[:1]):
         assert tokens(packed, asks(*texts), 3, 12, 1.0) == tokens(plain, asks(*texts), 3, 12, 1.0)
@@ -428,25 +432,6 @@ def test_sampling_by_fewer_products_picks_the_same_tokens(twins, kind, bits, mon
     monkeypatch.setattr(packing, "CPU_MIB", most)
     tokens(packed, asks(*TEXTS), 1, 2, 1.0)
     assert len(made) == len(packed.engine.together)
-
-
-def no_such_call(weight, bias):
-    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute")
-
-
-def without_bias(weight, bias):
-    return lambda x: x @ weight.T
-
-
-@onednn
-@pytest.mark.parametrize("packed", [no_such_call, without_bias])
-def test_weights_are_packed_only_where_it_computes_the_same(packed, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    state = torch.get_rng_state()
-    assert [cpu.packs.__wrapped__(torch.float32), cpu.packs.__wrapped__(torch.float16)] == [1, 0]
-    assert torch.equal(state, torch.get_rng_state())
-    monkeypatch.setattr(cpu, "packed", packed)
-    assert not any(map(cpu.packs.__wrapped__, (torch.float32, torch.bfloat16)))
 
 
 def test_attention_of_a_recomputed_layer_is_computed_once(twins, monkeypatch):
