@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extras.cpu import UnpackedLinear, is_four_bit, values
+from extras.kernels import product_of_torch
 
 # What the copy may take: of a GPU's free memory, the rest is for keys and values; and on the CPU.
 SHARE, CPU_MIB = 0.25, 2048
-# Ranks are filled up to a multiple: kernels are slower where a row of numbers begins elsewhere.
+# Ranks are filled up to a multiple: kernels are slower where a row of numbers begins elsewhere,
+# and kernels.c may want an even number.
 ALIGNED = 8
 
 
@@ -75,13 +77,6 @@ def watched(layers: nn.Module, dtype: torch.dtype) -> Iterator[list[list[nn.Modu
             hook.remove()
 
 
-def product_of_torch(down: Tensor | None, weight: Tensor, bias: Tensor | None) -> Callable:
-    """down (r, in), weight (out, in + r), bias (out,) -> x -> [x; down x] weight^T + bias"""
-    if down is None:
-        return partial(F.linear, weight=weight, bias=bias)
-    return lambda x: F.linear(torch.cat([x, F.linear(x, down)], -1), weight, bias)
-
-
 class Fused:
     """Layers that are given the same tensor, as one product; the first one called computes all."""
 
@@ -96,12 +91,12 @@ class Fused:
             pad = -len(down) % ALIGNED
             down = F.pad(down, (0, 0, 0, pad)).to(dtype)
             weight = torch.cat([weight, F.pad(up, (0, pad)).to(dtype)], 1)
-        biases = [base.bias for base in bases]
-        if any(bias is not None for bias in biases):
+        bias = None
+        if any(base.bias is not None for base in bases):
             zeros = [w.new_zeros(len(w)) for w in weights]
-            own = [zero if bias is None else bias for bias, zero in zip(biases, zeros)]
-            biases = [torch.cat(own).to(dtype)]
-        self.product = product(down if len(down) else None, weight, biases[0])
+            own = [zero if base.bias is None else base.bias for base, zero in zip(bases, zeros)]
+            bias = torch.cat(own).to(dtype)
+        self.product = product(down if len(down) else None, weight, bias)
         # The tensor they were given last, its version, and what it gives those not yet called.
         self.x, self.version, self.ready = None, 0, {}
 

@@ -1,16 +1,17 @@
-/* kernels.c: what a sampling step computes for each token, for kernels.py, which compiles it.
+/* kernels.c: RMSNorm, products, and attention of one new token a sample, for kernels.py, which
+ * compiles it.
  *
- * Constants: BF16, 1 or 0; for attention GROUP, query heads per key head, and DIM, a head's size.
- * Norms and heads have a multiple of 16 numbers.
+ * Constants: BF16, 1 or 0; for attention, which is then compiled alone, GROUP, query heads per key
+ * head, and DIM, a head's size. Norms and heads have a multiple of 16 numbers.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#if BF16 && defined __AVX512BF16__
 #include <immintrin.h>
 #endif
 
-/* As many numbers as a register of the machine holds: of more the compiler makes poor code. */
+/* On x86 as many numbers as a register holds: of more the compiler makes poor code. */
 #ifdef __AVX512F__
 #define LANES 16
 #else
@@ -23,9 +24,6 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
-
-/* OpenMP's: which thread this is. */
-int omp_get_thread_num(void);
 
 #if BF16
 /* bf16 is the upper half of fp32. */
@@ -55,6 +53,7 @@ static inline float sum(vec x) {
     return s;
 }
 
+#ifndef GROUP
 /* x, upstream and out (rows, dim), scale (dim,); upstream 0: out = x / rms(x) * scale, else the
  * gradient of x. */
 void rms_norm(const number *x, const number *scale, const number *upstream, number *out, long rows,
@@ -79,7 +78,7 @@ void rms_norm(const number *x, const number *scale, const number *upstream, numb
     }
 }
 
-/* Products: a tile is ROWS tokens by WIDE outputs, summed over STEP inputs at a time. */
+/* In a product a tile is ROWS tokens by WIDE outputs, summed over STEP inputs at a time. */
 #define COLUMNS 2
 #define WIDE (COLUMNS * LANES)
 #define ROWS (LANES / 2)
@@ -89,8 +88,8 @@ void rms_norm(const number *x, const number *scale, const number *upstream, numb
 typedef int32_t input;
 typedef __m512bh weights;
 static inline weights unfold(const number *from) { return (weights)_mm512_loadu_si512(from); }
-static inline vec add(vec sum, weights w, input x) {
-    return (vec)_mm512_dpbf16_ps((__m512)sum, w, (weights)_mm512_set1_epi32(x));
+static inline vec add(vec s, weights w, input x) {
+    return (vec)_mm512_dpbf16_ps((__m512)s, w, (weights)_mm512_set1_epi32(x));
 }
 static inline input take(const number *from) {
     input x;
@@ -102,7 +101,7 @@ static inline input take(const number *from) {
 typedef float input;
 typedef vec weights;
 static inline weights unfold(const number *from) { return load(from); }
-static inline vec add(vec sum, weights w, input x) { return sum + w * x; }
+static inline vec add(vec s, weights w, input x) { return s + w * x; }
 static inline input take(const number *from) {
 #if BF16
     const uint32_t wide = (uint32_t)*from << 16;
@@ -115,7 +114,8 @@ static inline input take(const number *from) {
 }
 #endif
 
-const int wide = WIDE, step = STEP, tokens = ROWS;
+/* For kernels.py. */
+const int rows_of_tile = ROWS, width_of_tile = WIDE, step_of_tile = STEP;
 
 /* out[r][c] += the tokens x (count, ROWS) times the weights w (count, WIDE, STEP) */
 static inline void tile(const input *x, const number *w, long count, vec out[ROWS][COLUMNS]) {
@@ -130,14 +130,15 @@ static inline void tile(const input *x, const number *w, long count, vec out[ROW
     memcpy(out, s, sizeof s);
 }
 
-/* out (n, outs) = [x; z] weight^T + bias, where z = x down^T, for x (n, ins).
+/* out (n, outs) = [x; z] weight^T + bias, where z = x down^T, for x (n, ins); rank 0: without z,
+ * bias 0: without bias.
  *
- * down (rank, ins) and weight (outs, ins + rank) lie in panels (outs / WIDE, ins / STEP, WIDE,
- * STEP), outs and rank filled up to whole ones. [x; z] is laid out likewise, in `room`: (n / ROWS,
- * (ins + rank) / STEP, ROWS, STEP).
+ * ins and rank are multiples of STEP, outs of WIDE. weight (outs, ins + rank) and down (rank, ins)
+ * lie in panels (outs / WIDE, ins / STEP, WIDE, STEP); down's last panel is filled up. [x; z] is
+ * laid out likewise, in scratch (blocks, (ins + rank) / STEP, ROWS), the last block filled up.
  */
 void product(const number *x, const number *down, const number *weight, const number *bias,
-             number *out, input *room, long n, long ins, long rank, long outs) {
+             number *out, input *scratch, long n, long ins, long rank, long outs) {
     const long own = ins / STEP, all = (ins + rank) / STEP, blocks = (n + ROWS - 1) / ROWS;
 #pragma omp parallel
     {
@@ -146,7 +147,7 @@ void product(const number *x, const number *down, const number *weight, const nu
             for (long i = 0; i < own; i++)
                 for (long r = 0; r < ROWS; r++) {
                     const long token = b * ROWS + r;
-                    room[(b * all + i) * ROWS + r] =
+                    scratch[(b * all + i) * ROWS + r] =
                         token < n ? take(x + token * ins + i * STEP) : 0;
                 }
         if (rank) {
@@ -155,7 +156,7 @@ void product(const number *x, const number *down, const number *weight, const nu
                 for (long b = 0; b < blocks; b++) {
                     vec s[ROWS][COLUMNS] = {0};
                     number z[WIDE];
-                    input *block = room + b * all * ROWS;
+                    input *block = scratch + b * all * ROWS;
                     tile(block, down + panel * ins, own, s);
                     for (int r = 0; r < ROWS; r++) {
                         for (int c = 0; c < COLUMNS; c++) store(z + c * LANES, s[r][c]);
@@ -168,9 +169,10 @@ void product(const number *x, const number *down, const number *weight, const nu
         for (long panel = 0; panel < outs; panel += WIDE)
             for (long b = 0; b < blocks; b++) {
                 vec s[ROWS][COLUMNS] = {0};
-                for (int r = 0; bias && r < ROWS; r++)
-                    for (int c = 0; c < COLUMNS; c++) s[r][c] = load(bias + panel + c * LANES);
-                tile(room + b * all * ROWS, weight + panel * (ins + rank), all, s);
+                if (bias)
+                    for (int r = 0; r < ROWS; r++)
+                        for (int c = 0; c < COLUMNS; c++) s[r][c] = load(bias + panel + c * LANES);
+                tile(scratch + b * all * ROWS, weight + panel * (ins + rank), all, s);
                 for (int r = 0; r < ROWS && b * ROWS + r < n; r++)
                     for (int c = 0; c < COLUMNS; c++)
                         store(out + (b * ROWS + r) * outs + panel + c * LANES, s[r][c]);
@@ -178,14 +180,14 @@ void product(const number *x, const number *down, const number *weight, const nu
     }
 }
 
-#ifdef GROUP
+#else
 #define VECTORS (DIM / LANES)
-/* Of a head, as many accumulators as registers hold. */
+/* So much of a head is summed at a time, in registers for small groups. */
 #define TILE (VECTORS % 4 == 0 ? 4 : VECTORS % 2 == 0 ? 2 : 1)
 
 /* score[g][i] = query[g] . keys[i], i < count */
-static inline void multiply(vec query[GROUP][VECTORS], const number *keys, long count, long room,
-                            float score[GROUP][room]) {
+static inline void multiply(vec query[GROUP][VECTORS], const number *keys, long count, long pitch,
+                            float score[GROUP][pitch]) {
     for (long i = 0; i < count; i++) {
         vec key[VECTORS];
         for (int d = 0; d < VECTORS; d++) key[d] = load(keys + i * DIM + d * LANES);
@@ -198,7 +200,7 @@ static inline void multiply(vec query[GROUP][VECTORS], const number *keys, long 
 }
 
 /* out[g] += weight[g][i] values[i], summed over i < count */
-static inline void gather(long room, float weight[GROUP][room], const number *values, long count,
+static inline void gather(long pitch, float weight[GROUP][pitch], const number *values, long count,
                           vec out[GROUP][VECTORS]) {
     for (int at = 0; at < VECTORS; at += TILE) {
         vec s[GROUP][TILE];
@@ -224,16 +226,17 @@ static inline void softmax(float *x, long count) {
  * of their own the last `window` of the first length[sample] + 1.
  *
  * query and out (n, heads * GROUP, DIM); far keys and values (heads, shared, DIM); near ones
- * (n, heads, columns, DIM). `scores` (threads, GROUP, shared + columns) is room.
+ * (n, heads, columns, DIM). `scores` (threads, GROUP, shared + columns) is scratch.
  */
+int omp_get_thread_num(void);
 void attend(const number *query, const number *far_keys, const number *far_values,
             const number *near_keys, const number *near_values, const int64_t *length, number *out,
             float *scores, long threads, long n, long heads, long shared, long columns,
             long window, float scale) {
-    const long room = shared + columns;
+    const long pitch = shared + columns;
 #pragma omp parallel num_threads(threads)
     {
-        float(*score)[room] = (void *)(scores + omp_get_thread_num() * GROUP * room);
+        float(*score)[pitch] = (void *)(scores + omp_get_thread_num() * GROUP * pitch);
 /* Head by head, so that what is shared stays in the cache. */
 #pragma omp for schedule(dynamic, 4)
         for (long job = 0; job < heads * n; job++) {
@@ -245,11 +248,11 @@ void attend(const number *query, const number *far_keys, const number *far_value
             for (int g = 0; g < GROUP; g++)
                 for (int d = 0; d < VECTORS; d++)
                     q[g][d] = scale * load(query + (place * GROUP + g) * DIM + d * LANES);
-            multiply(q, far_keys + far, shared, room, score);
-            multiply(q, near_keys + near, end - start, room, (void *)&score[0][shared]);
+            multiply(q, far_keys + far, shared, pitch, score);
+            multiply(q, near_keys + near, end - start, pitch, (void *)&score[0][shared]);
             for (int g = 0; g < GROUP; g++) softmax(score[g], shared + end - start);
-            gather(room, score, far_values + far, shared, result);
-            gather(room, (void *)&score[0][shared], near_values + near, end - start, result);
+            gather(pitch, score, far_values + far, shared, result);
+            gather(pitch, (void *)&score[0][shared], near_values + near, end - start, result);
             for (int g = 0; g < GROUP; g++)
                 for (int d = 0; d < VECTORS; d++)
                     store(out + (place * GROUP + g) * DIM + d * LANES, result[g][d]);

@@ -1,7 +1,7 @@
 """kernels.py: three functions in C (kernels.c), for where there is no GPU.
 
-    product     of few tokens with a layer's weights and its LoRA, which torch's own reads at half
-                of memory's speed
+    product     of tokens with a layer's weights and its LoRA; for a sampling step's few, torch's
+                own takes up to twice as long
     attention   of one new token a sample: torch's own computes a block of queries, of which there
                 is one here, and reads memory at an eighth of its speed
     rms_norm    and its gradient, which torch computes operation by operation
@@ -12,6 +12,8 @@ against torch's own, which serve where there is no compiler.
 
 import ctypes
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,15 +44,21 @@ def build(**constants: int) -> ctypes.CDLL:
 
     Raises OSError (no compiler, no library), subprocess.SubprocessError (it fails).
     """
-    compiler = os.environ.get("CC", "cc")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not shutil.which(compiler[0]):
+        raise OSError(f"no C compiler {compiler[0]}; install gcc, or name one in CC")
     run = lambda *words: subprocess.run(words, check=True, capture_output=True, timeout=60)
     with tempfile.TemporaryDirectory() as folder:
         code, library = f"{folder}/kernels.o", f"{folder}/kernels.so"
         named = [f"-D{name}={value}" for name, value in constants.items()]
-        run(compiler, *COMPILE, *named, str(SOURCE), "-o", code)
-        run(compiler, *LINK, code, "-o", library, "-lm")
-        # Loaded, it needs no file.
-        return ctypes.CDLL(library)
+        run(*compiler, *COMPILE, *named, str(SOURCE), "-o", code)
+        run(*compiler, *LINK, code, "-o", library, "-lm")
+        try:
+            # Loaded, it needs no file.
+            return ctypes.CDLL(library)
+        except OSError as error:
+            # The folder has another name each time, and the reason is said once.
+            raise OSError(str(error).replace(folder, "")) from None
 
 
 def addresses(*tensors: Tensor | None) -> list[int | None]:
@@ -65,19 +73,17 @@ def missing(reason: str) -> None:
 
 
 def tried(make: Callable, same: Callable, dtype: torch.dtype, **constants: int) -> Callable | None:
-    """make(library)'s function, if it is the `same` as torch's; None, which it says, if not."""
+    """make(library, dtype), if it is the `same` as torch's own; None, which it says, if not."""
     try:
         if sys.platform != "linux":
             raise OSError("Linux only")
-        function = make(build(**constants, BF16=int(dtype == torch.bfloat16)))
+        function = make(build(**constants, BF16=int(dtype == torch.bfloat16)), dtype)
         if same(function, dtype):
             return function
         missing("it computes something else here")
     except (OSError, subprocess.SubprocessError) as error:
         # What the compiler says, not how it was called.
         told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
-        if isinstance(error, FileNotFoundError):
-            told = f"no C compiler {error.filename}; install gcc, or name one in CC"
         missing(told or str(error))
     return None
 
@@ -101,8 +107,8 @@ def attention(group: int, dim: int, dtype: torch.dtype) -> Callable | None:
     return tried(attention_by, same, dtype, GROUP=group, DIM=dim)
 
 
-def attention_by(library: ctypes.CDLL) -> Callable:
-    """The library's function, for tensors."""
+def attention_by(library: ctypes.CDLL, dtype: torch.dtype) -> Callable:
+    """The library's function, for tensors of that type."""
     library.attend.argtypes = [POINTER] * 8 + [LONG] * 6 + [FLOAT]
     library.attend.restype = None
 
@@ -111,15 +117,19 @@ def attention_by(library: ctypes.CDLL) -> Callable:
 
         A sample sees the last `window` of its first length + 1 columns, and all of the shared
         keys and values (1, h, P, D). Key and value may be the first samples and columns of
-        longer ones.
+        longer ones. TypeError: they are of another type, or lie otherwise.
         """
         n, heads, _, dim = query.shape
+        per_head = key.stride(1)
+        alike = query.dtype == key.dtype == value.dtype == dtype and key.stride() == value.stride()
+        if not alike or key.stride() != (key.shape[1] * per_head, per_head, dim, 1):
+            raise TypeError(f"keys of {key.dtype} {key.stride()}, values {value.stride()}")
         query, (far_key, far_value) = query.contiguous(), shared or (key[:1, :, :0],) * 2
-        columns = key.stride(1) // dim
+        columns = per_head // dim
         out = query.new_empty(n, 1, heads, dim)
         seen = heads // key.shape[1] * (far_key.shape[2] + columns)
         threads = torch.get_num_threads()
-        scores = torch.empty(threads, seen)
+        scores = torch.empty(threads, seen, dtype=torch.float32)
         read = addresses(query, far_key, far_value, key, value, length)
         sizes = threads, n, key.shape[1], far_key.shape[2], columns, window or NO_WINDOW
         library.attend(*read, *addresses(out, scores), *sizes, scale or dim**-0.5)
@@ -157,8 +167,8 @@ def rms_norm(dtype: torch.dtype) -> Callable:
     return compiled or rms_norm_of_torch
 
 
-def rms_norm_by(library: ctypes.CDLL) -> Callable:
-    """The library's function, for tensors."""
+def rms_norm_by(library: ctypes.CDLL, dtype: torch.dtype) -> Callable:
+    """The library's function, for tensors of that type, else torch's."""
     library.rms_norm.argtypes = [POINTER] * 4 + [LONG] * 2 + [FLOAT]
     library.rms_norm.restype = None
 
@@ -187,7 +197,8 @@ def rms_norm_by(library: ctypes.CDLL) -> Callable:
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """(..., d) -> (..., d)"""
-        if len(weight) % LANES or x.dtype != weight.dtype or weight.requires_grad:
+        others = {x.dtype, weight.dtype} != {dtype}
+        if others or len(weight) % LANES or weight.requires_grad:
             return rms_norm_of_torch(x, weight, eps)
         # Without gradients not by autograd, whose call takes as long as a few rows.
         return (RMSNorm.apply if torch.is_grad_enabled() else call)(x, weight, eps)
@@ -210,38 +221,44 @@ def same_rms_norm(function: Callable, dtype: torch.dtype) -> bool:
 # ------------------------------------------------------------------------------ products
 
 
+def product_of_torch(down: Tensor | None, weight: Tensor, bias: Tensor | None) -> Callable:
+    """down (r, in), weight (out, in + r), bias (out,) -> x -> [x; down x] weight^T + bias"""
+    if down is None:
+        return partial(F.linear, weight=weight, bias=bias)
+    return lambda x: F.linear(torch.cat([x, F.linear(x, down)], -1), weight, bias)
+
+
 @cache
 def product(dtype: torch.dtype) -> Callable | None:
-    """(down, weight, bias) -> x -> [x; down x] weight^T + bias; None: torch's own serves."""
+    """As product_of_torch, but faster for few tokens; None: there is none here."""
     return tried(product_by, same_product, dtype) if dtype in TOLERANCE else None
 
 
-def product_by(library: ctypes.CDLL) -> Callable:
-    """The library's function, for tensors."""
+def product_by(library: ctypes.CDLL, dtype: torch.dtype) -> Callable:
+    """The library's function, for tensors of that type, else torch's."""
     library.product.argtypes = [POINTER] * 6 + [LONG] * 4
     library.product.restype = None
     read = lambda name: ctypes.c_int.in_dll(library, name).value
-    wide, step, tokens = map(read, ("wide", "step", "tokens"))
+    rows, wide, step = map(read, ("rows_of_tile", "width_of_tile", "step_of_tile"))
 
     def panels(weight: Tensor) -> Tensor:
         """(out, in) -> (out / wide, in / step, wide, step), filled up"""
-        filled = F.pad(weight, (0, 0, 0, -len(weight) % wide)).contiguous()
+        over = -len(weight) % wide
+        filled = (F.pad(weight, (0, 0, 0, over)) if over else weight).contiguous()
         # Two numbers of 16 bits are moved as one of 32: faster by ten times.
         whole = filled.view(torch.int32) if step == 2 else filled
         return whole.unflatten(0, (-1, wide)).transpose(1, 2).contiguous()
 
     def product(down: Tensor | None, weight: Tensor, bias: Tensor | None) -> Callable:
-        """down (r, in), weight (out, in + r), bias (out,) -> a function of x; they are copied
-
-        Raises RuntimeError if `in` or r is odd; the function TypeError for another type or size.
-        """
-        outs, rank, dtype = len(weight), 0 if down is None else len(down), weight.dtype
-        size = weight.shape[1] - rank
-        room_for = -(-outs // wide) * wide
+        """As product_of_torch; the function raises TypeError for an x of another type or size."""
+        outs, rank = len(weight), 0 if down is None else len(down)
+        size, filled = weight.shape[1] - rank, -(-outs // wide) * wide
+        if weight.dtype != dtype or size % step or rank % step:
+            return product_of_torch(down, weight, bias)
         held = [
             None if down is None else panels(down),
             panels(weight),
-            None if bias is None else F.pad(bias, (0, room_for - outs)),
+            None if bias is None else F.pad(bias, (0, filled - outs)),
         ]
 
         def call(x: Tensor) -> Tensor:
@@ -249,9 +266,10 @@ def product_by(library: ctypes.CDLL) -> Callable:
             if x.dtype != dtype or x.shape[-1] != size:
                 raise TypeError(f"{x.dtype} {tuple(x.shape)} for {dtype} (..., {size})")
             x, n = x.contiguous(), x.numel() // size
-            out = torch.empty(*x.shape[:-1], room_for, dtype=x.dtype)
-            room = torch.empty(-(-n // tokens) * tokens * (size + rank))
-            library.product(*addresses(x, *held, out, room), n, size, rank, room_for)
+            out = torch.empty(*x.shape[:-1], filled, dtype=dtype)
+            # Of 32 bits each, whatever the type.
+            scratch = torch.empty(-(-n // rows) * rows * (size + rank), dtype=torch.float32)
+            library.product(*addresses(x, *held, out, scratch), n, size, rank, filled)
             return out[..., :outs]
 
         return call

@@ -206,7 +206,7 @@ class SlotSight:
         """query (n, H, 1, D), key and value (n, h, W, D) -> (n, 1, H, D)"""
         shared = None if self.shared is None else self.shared.kv[module.layer_idx]
         compiled = None
-        alike = value.shape[3] == key.shape[3] and query.dtype == key.dtype
+        alike = value.shape == key.shape and value.dtype == key.dtype == query.dtype
         if key.device.type == "cpu" and not bend and alike:
             group = query.shape[1] // key.shape[1]
             compiled = kernels.attention(group, key.shape[3], key.dtype)

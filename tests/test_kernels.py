@@ -73,6 +73,25 @@ def test_a_product_takes_no_other_numbers_than_its_own():
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_lies_otherwise_is_not_read(dtype):
+    """C would read past the end, or another number."""
+    attend, other = kernels.attention(2, 16, dtype), {torch.float32: torch.bfloat16}.get(dtype)
+    query, keys, length = torch.ones(1, 2, 1, 16), torch.ones(1, 1, 8, 16), torch.tensor([3])
+    query, keys, strange = query.to(dtype), keys.to(dtype), keys.to(other or torch.float32)
+    for key, value in [(strange, keys), (keys, strange), (keys.mT.contiguous().mT, keys)]:
+        with pytest.raises(TypeError, match="keys of"):
+            attend(query, key, value, length)
+    # An odd size has no pairs: torch's product serves.
+    x, weight = torch.ones(3, 5, dtype=dtype), torch.ones(32, 5, dtype=dtype)
+    assert (kernels.product(dtype)(None, weight, None)(x) == 5).all()
+    wide = kernels.product(dtype)(None, weight.double(), None)
+    assert wide(x.double()).dtype == torch.float64
+    norm = kernels.rms_norm(dtype)(x.double()[:, :1].repeat(1, 16), torch.ones(16).double(), 1e-5)
+    assert norm.dtype == torch.float64
+
+
+@needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="its options")
 @pytest.mark.parametrize("lacks", ["avx512bf16", "avx512f"])
 def test_a_machine_that_has_less_computes_the_same(lacks, tmp_path, monkeypatch, capsys):
@@ -166,7 +185,7 @@ def test_the_process_computes_as_before():
 def test_a_policy_samples_by_them(tmp_path, kind, monkeypatch):
     folder = make_model(tmp_path / "m", kind, head_dim=16)
     calls, real = [], kernels.attention_by
-    spy = lambda library: lambda *args: calls.append(1) or real(library)(*args)
+    spy = lambda *made: lambda *args: calls.append(1) or real(*made)(*args)
     monkeypatch.setattr(kernels, "attention_by", spy)
     texts = "Name a lake.", "Name a hill, any."
     drawn = []
@@ -205,19 +224,19 @@ def test_what_the_compiler_says_is_said(monkeypatch, capsys, tmp_path):
 @needs_compiler
 def test_one_that_computes_something_else_is_not_used(monkeypatch, capsys):
     real = kernels.attention_by
-    wrong = lambda library: lambda *args: 1.2 * real(library)(*args)
+    wrong = lambda *made: lambda *args: 1.2 * real(*made)(*args)
     monkeypatch.setattr(kernels, "attention_by", wrong)
     assert kernels.attention(3, 64, torch.float32) is None
     assert "something else" in capsys.readouterr().out
     real_norm = kernels.rms_norm_by
     # The right values; of their gradient the half.
     half = lambda y: y / 2 + y.detach() / 2
-    slow = lambda library: lambda *args: half(real_norm(library)(*args))
+    slow = lambda *made: lambda *args: half(real_norm(*made)(*args))
     monkeypatch.setattr(kernels, "rms_norm_by", slow)
     assert kernels.rms_norm(torch.float32) is kernels.rms_norm_of_torch
     real_product = kernels.product_by
-    without_lora = lambda library: (
-        lambda down, weight, bias: real_product(library)(
+    without_lora = lambda *made: (
+        lambda down, weight, bias: real_product(*made)(
             None, weight if down is None else weight[:, : -len(down)], bias
         )
     )

@@ -382,7 +382,7 @@ def test_sizes_of_recordings_are_few_and_large_enough():
 
 @pytest.mark.parametrize("role", [None, "follower"])
 @pytest.mark.parametrize(
-    "product", [fused.product_of_torch, pytest.param(compiled, marks=needs_compiler)]
+    "product", [kernels.product_of_torch, pytest.param(compiled, marks=needs_compiler)]
 )
 @pytest.mark.parametrize(
     "kind, bits, together",
