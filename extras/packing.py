@@ -740,8 +740,11 @@ class PackedEngine:
         if self.cuda:
             return fused(self.together, self.dtype, SHARE * self.free_bytes())
         trim()
-        product = kernels.product(self.dtype)
-        most = CPU_MIB * 2**20 if product else 0
+        torchs = kernels.product_of_torch
+        product = kernels.product(self.dtype) or torchs
+        # By torch in fp32 one large product of few tokens is slower than UnpackedLinear's several.
+        pays = product is not torchs or self.dtype != torch.float32
+        most = CPU_MIB * 2**20 if pays else 0
         groups, head = self.together, self.head.module
         # The head by itself, for the order of its weights, where there is room.
         if dense(head, self.dtype) and copy_bytes([*groups, [head]], self.dtype) <= most:

@@ -416,6 +416,17 @@ def test_layers_of_one_input_are_one_product(
             assert not any("forward" in vars(m) for m in policy.lora.values())
 
 
+def test_without_c_layers_are_multiplied_as_one_where_that_pays(twins, monkeypatch):
+    packed, _ = twins("llama")
+    made = []
+    monkeypatch.setattr(packing, "fused", lambda *args: made.append(args) or fused.fused(*args))
+    monkeypatch.setattr(kernels, "product", lambda dtype: None)
+    for dtype, room in ((torch.float32, 0), (torch.bfloat16, packing.CPU_MIB << 20)):
+        monkeypatch.setattr(packed.engine, "dtype", dtype)
+        packed.engine.faster_layers()
+        assert made.pop()[2:] == (room, kernels.product_of_torch)
+
+
 @needs_compiler
 @pytest.mark.parametrize("kind, bits", [("llama", 4), ("qwen2", 16), ("gemma3", 16)])
 def test_sampling_by_fewer_products_picks_the_same_tokens(twins, kind, bits, monkeypatch):
