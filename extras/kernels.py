@@ -6,7 +6,7 @@
                 is one here, and reads memory at an eighth of its speed
     rms_norm    and its gradient, which torch computes operation by operation
 
-The same numbers, to rounding. They are compiled when a model is loaded, in half a second, and tried
+The same numbers, to rounding. They are compiled when a model is loaded, in a second, and tried
 against torch's own, which serve where there is no compiler.
 """
 
@@ -44,7 +44,7 @@ def build(**constants: int) -> ctypes.CDLL:
 
     Raises OSError (no compiler, no library), subprocess.SubprocessError (it fails).
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     if not shutil.which(compiler[0]):
         raise OSError(f"no C compiler {compiler[0]}; install gcc, or name one in CC")
     run = lambda *words: subprocess.run(words, check=True, capture_output=True, timeout=60)

@@ -14,7 +14,7 @@ from extras import kernels
 
 TYPES = [torch.float32, torch.bfloat16]
 needs_compiler = pytest.mark.skipif(
-    not shutil.which(os.environ.get("CC", "cc")), reason="no C compiler"
+    not shutil.which((os.environ.get("CC") or "cc").split()[0]), reason="no C compiler"
 )
 
 
@@ -97,7 +97,7 @@ def test_what_lies_otherwise_is_not_read(dtype):
 def test_a_machine_that_has_less_computes_the_same(lacks, tmp_path, monkeypatch, capsys):
     """Each is compared with torch's when it is made, or None."""
     compiler = tmp_path / "cc"
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC", "cc")} "$@" -mno-{lacks}\n')
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CC") or "cc"} "$@" -mno-{lacks}\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     for dtype in TYPES:
@@ -210,6 +210,14 @@ def test_without_a_compiler_torch_serves_and_a_line_says_so_once(monkeypatch, ca
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 and "kernels.c is not used" in said[0]
     assert "no C compiler no-such-compiler; install gcc" in said[0]
+
+
+@needs_compiler
+@pytest.mark.skipif(not shutil.which("cc"), reason="no cc")
+@pytest.mark.parametrize("name", ["", "env cc"])
+def test_a_compiler_may_be_unnamed_or_several_words(name, monkeypatch, capsys):
+    monkeypatch.setenv("CC", name)
+    assert kernels.product(torch.float32) and not capsys.readouterr().out
 
 
 @needs_compiler
