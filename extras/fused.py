@@ -118,7 +118,9 @@ def copy_bytes(groups: list[list[nn.Module]], dtype: torch.dtype) -> int:
 
 
 @contextmanager
-def fused(groups: list, dtype: torch.dtype, most: float, product=product_of_torch) -> Iterator:
+def fused(
+    groups: list, dtype: torch.dtype, most: float, product: Callable = product_of_torch
+) -> Iterator[None]:
     """Without gradients, the groups' layers compute as one, if a copy takes at most `most` bytes.
 
     product: as product_of_torch

@@ -206,8 +206,7 @@ class SlotSight:
         """query (n, H, 1, D), key and value (n, h, W, D) -> (n, 1, H, D)"""
         shared = None if self.shared is None else self.shared.kv[module.layer_idx]
         compiled = None
-        alike = value.shape == key.shape and value.dtype == key.dtype == query.dtype
-        if key.device.type == "cpu" and not bend and alike:
+        if key.device.type == "cpu" and not bend and value.shape[3] == key.shape[3]:
             group = query.shape[1] // key.shape[1]
             compiled = kernels.attention(group, key.shape[3], key.dtype)
         if compiled:
@@ -740,16 +739,14 @@ class PackedEngine:
         if self.cuda:
             return fused(self.together, self.dtype, SHARE * self.free_bytes())
         trim()
-        torchs = kernels.product_of_torch
-        product = kernels.product(self.dtype) or torchs
+        product = kernels.product(self.dtype)
         # By torch in fp32 one large product of few tokens is slower than UnpackedLinear's several.
-        pays = product is not torchs or self.dtype != torch.float32
-        most = CPU_MIB * 2**20 if pays else 0
+        most = CPU_MIB * 2**20 if product or self.dtype != torch.float32 else 0
         groups, head = self.together, self.head.module
         # The head by itself, for the order of its weights, where there is room.
         if dense(head, self.dtype) and copy_bytes([*groups, [head]], self.dtype) <= most:
             groups = [*groups, [head]]
-        return fused(groups, self.dtype, most, product)
+        return fused(groups, self.dtype, most, product or kernels.product_of_torch)
 
     # -------------------------------------------- memory
 
