@@ -1,14 +1,15 @@
-"""judge.py: what an instruction asks for, and whether an answer gives it. Text only, no torch.
+"""judge.py: the Filter, the Judger and the two rewards. Text only, no torch.
 
-In this order: the Filter, the Judger, whether it is to be believed, the two rewards. What code can
-check is a table, prompts/constraints.py; what the roles are told, and how the Instructor's JSON is
-read, is prompts/messages.py.
+    Judge.accept      proposals -> questions, or the reason why one is rejected
+    Judge.score       answers -> one verdict per constraint
+    calibrate         is the model better than chance as Judger and as Filter?
+    instructor_rewards, follower_rewards
 
-Where code can decide a constraint, code decides it. The rest goes to `ask`, a function from chat
-messages to P(yes): normally the frozen Follower, but an API model or a dictionary will do. A
-verdict is 1.0, 0.0 or None: None is missing, and never counts as a "no".
+A constraint with a verifier is decided by code (extras/verifiers.py). The rest goes to `ask`, a
+function from lists of chat messages to P(yes): by default the snapshot Follower, but an API model
+or a dictionary works, too. A verdict is 1.0, 0.0 or None. None is missing and never counts as no.
 
-Sources: SEIF (arXiv 2605.07465); the verifiable instructions are IFEval's (arXiv 2311.07911).
+Sources: SEIF (arXiv 2605.07465). The verifiable constraints are IFEval's (arXiv 2311.07911).
 """
 
 import math
@@ -16,239 +17,279 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from prompts.constraints import (
-    MAX_CONSTRAINT_CHARS,
-    RULES,
+from extras.calibration import UNCALIBRATED, Calibration, calibrate
+from extras.constraint_parser import MAX_CONSTRAINT_CHARS, parse_constraint
+from extras.verifiers import (
+    WORD,
     check,
     check_loose,
-    contradiction,
-    decidable,
-    intervals,
-    problem,
-    recognise,
+    count_intervals,
+    find_contradiction,
+    is_decidable,
+    validate_kwargs,
 )
-from prompts.messages import Question, filter_prompt, judger_prompt, parse_constraints
+from prompts import (
+    NUM_CONSTRAINTS,
+    Question,
+    extract_answer,
+    filter_messages,
+    judge_messages,
+    parse_proposal,
+)
 
-# For those who ask judge what code can check, or what a proposal says.
-__all__ = ["RULES", "check", "check_loose", "parse_constraints", "problem", "recognise"]
+__all__ = ["Question", "check", "check_loose", "parse_constraint", "rule_filter", "validate_kwargs"]
 
 FILTERS, JUDGES = ("llm", "code", "rules", "off"), ("hybrid", "llm")
-REWARDS = ("hardest", "frontier")
-# English, so that "at least 500 words" is not asked of a 128-token answer.
+INSTRUCTOR_REWARDS = ("hardest", "frontier")
+# English words per token, to reject "at least 500 words" under a limit of 128 tokens.
 WORDS_PER_TOKEN = 0.75
-# The lower end of an AUC's interval from which on a model's verdicts are believed.
-TRUSTED_AUC = 0.6
-# Fewer right ones, or fewer wrong ones, tell nothing.
-FEWEST_CASES = 10
-
 Ask = Callable[[list[list[dict]]], list[float]]
 
 
 # ------------------------------------------------------------ the Filter
-def _plain(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
+def normalize(text: str) -> str:
+    """Lowercase words, single spaces: "Use NO commas!" -> "use no commas"."""
+    return " ".join(WORD.findall(text.lower()))
 
 
-def code_filter(
+def parsed_constraints(question: Question) -> list[tuple[str, dict] | None]:
+    """(verifier id, kwargs) per constraint, None where only a model can decide."""
+    given = question.verifiers or [None] * len(question.constraints)
+    return [v or parse_constraint(c) for v, c in zip(given, question.constraints)]
+
+
+def rule_filter(
     question: Question, max_new_tokens: int, checkable: bool = False, min_words: int = 0
 ) -> str:
-    """What code can see wrong with an instruction: a reason to reject it, or "".
+    """The reason to reject an instruction that code can see, or "".
 
-    `checkable`: a hard constraint that no rule recognises is rejected, so that no model is asked.
-    `min_words`: so is an instruction that allows fewer: "at most 4 words" leaves no answer.
+    checkable: reject hard constraints without a verifier. min_words: reject an instruction that
+    allows fewer words. "At most 4 words" leaves no room for an answer.
     """
-    seed, plain = _plain(question.seed), [_plain(c) for c in question.constraints]
+    seed = normalize(question.seed_question)
+    plain = [normalize(c) for c in question.constraints]
     if len(set(plain)) < len(plain):
         return "duplicate"
     if any(len(c) > MAX_CONSTRAINT_CHARS for c in question.constraints):
         return "too long"
     if any(len(c) > 15 and (c in seed or (len(seed) > 15 and seed in c)) for c in plain):
-        return "restates the seed"
-    # "Do not use the forbidden words", which nobody can satisfy or break.
-    sorts = "forbidden|key|following|specific|certain"
-    nameless = rf"(?:{sorts}) (?:key)?(?:words?|phrases?)(?!.*['\"`:\[‘’“”])"
-    if any(re.search(nameless, c.lower()) for c in question.constraints):
+        return "restates the seed question"
+    # "Do not use the forbidden words": without a list nobody can satisfy or break it.
+    adjectives = "forbidden|key|following|specific|certain"
+    unnamed = rf"(?:{adjectives}) (?:key)?(?:words?|phrases?)(?!.*['\"`:\[‘’“”])"
+    if any(re.search(unnamed, c.lower()) for c in question.constraints):
         return "words not named"
-    rules = [recognise(c) for c in question.constraints]
-    if checkable and question.kind == "hard" and not all(map(decidable, rules)):
-        return "not checkable"
-    known = [rule for rule in rules if rule]
-    if contradiction(known):
+    parsed = parsed_constraints(question)
+    if checkable and question.kind == "hard" and not all(map(is_decidable, parsed)):
+        return "no verifier"
+    known = [p for p in parsed if p]
+    if find_contradiction(known):
         return "contradiction"
-    # Hard constraints are of different categories, as in SEIF.
+    # As in SEIF, the hard constraints of an instruction are of different categories.
     if question.kind == "hard" and len({name for name, _ in known}) < len(known):
-        return "one sort twice"
-    words = intervals(known).get(("length_constraints:number_words", None), (0, math.inf))
+        return "same category twice"
+    words = count_intervals(known).get(("length_constraints:number_words", None), (0, math.inf))
     if words[0] > max_new_tokens * WORDS_PER_TOKEN:
         return "over the token limit"
     return "no room for an answer" if words[1] < min_words else ""
 
 
-def filter_questions(
-    questions: list[Question], ask: Ask, mode: str, limits: tuple[int, int], threshold: float = 0.5
-) -> list[str]:
-    """For each instruction a reason to reject it, or "": code first, then `ask`.
-
-    mode "llm" is both, "code" leaves `ask` out, "rules" is code that also rejects hard constraints
-    no rule recognises, "off" is the paper's ablation. A missing verdict lets a question pass.
-    limits: an answer's tokens at most, and the words that an instruction must allow.
-    """
-    if mode == "off":
-        return [""] * len(questions)
-    tokens, words = limits
-    reasons = [code_filter(q, tokens, mode == "rules", words) for q in questions]
-    left = [i for i, reason in enumerate(reasons) if not reason and mode == "llm"]
-    for i, p in zip(left, ask([filter_prompt(questions[i]) for i in left]) if left else []):
-        reasons[i] = "rejected by the model" if p < threshold else ""
-    return reasons
-
-
-# ------------------------------------------------------------ the Judger
+# ------------------------------------------------------------ verdicts
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer satisfies one constraint; who says so: "rule", "judger", "nobody"."""
+    """Whether an answer satisfies a constraint, and the source: "rule", "judger" or "none"."""
 
     value: float | None
-    by: str
+    source: str
 
 
-def rule_verdict(question: Question, constraint: str, answer: str) -> bool | None:
-    """A rule's verdict on one constraint; None if no rule recognises it or can decide it.
-
-    Question("Hi", "hard", ()), "Use no commas.", "a, b" -> False
-    """
-    rule = recognise(constraint)
-    if not rule:
+def rule_verdict(question: Question, k: int, answer: str) -> bool | None:
+    """A verifier's verdict on constraint k. None without a verifier, or if it cannot decide."""
+    parsed = parsed_constraints(question)[k]
+    if not parsed:
         return None
-    name, kwargs = rule
+    name, kwargs = parsed
     if name == "combination:repeat_prompt":
-        kwargs = kwargs | {"prompt_to_repeat": question.seed}
+        kwargs = kwargs | {"prompt_to_repeat": question.seed_question}
     return check(name, kwargs, answer)
 
 
 def verdicts(
     pairs: list[tuple[Question, str]], ask: Ask | None, mode="hybrid", threshold: float = 0.5
 ) -> list[list[Verdict]]:
-    """Verdicts on every constraint of every (question, answer), all open ones asked at once.
+    """Verdicts on every constraint of every (question, answer). One call to `ask` for all.
 
-    mode "hybrid": rules where they decide, else `ask`, if given; "llm": `ask` alone, the paper's.
+    mode "hybrid": verifiers where they decide, else `ask` if given. "llm": `ask` alone, as in SEIF.
     """
-    cases = [(q, a, c) for q, a in pairs for c in q.constraints]
-    values = [rule_verdict(q, c, a) if mode == "hybrid" else None for q, a, c in cases]
-    found = [Verdict(None, "nobody") if v is None else Verdict(float(v), "rule") for v in values]
-    left = [i for i, value in enumerate(values) if value is None] if ask else []
-    for i, p in zip(left, ask([judger_prompt(*cases[i]) for i in left]) if left else []):
-        found[i] = Verdict(None if math.isnan(p) else float(p >= threshold), "judger")
-    rest = iter(found)
-    return [[next(rest) for _ in q.constraints] for q, _ in pairs]
-
-
-# ------------------------------------------------------------ is `ask` to be believed?
-@dataclass(frozen=True)
-class Ranking:
-    """How well P(yes) tells right from wrong, on cases whose truth rules know.
-
-    auc: the chance that a right case has the higher P(yes), with its 95 % interval; threshold: the
-    P(yes) of the best balanced accuracy, 0.5 if that is noise; cases: those with a verdict.
-    """
-
-    auc: float
-    low: float
-    high: float
-    threshold: float
-    cases: int
-
-    @property
-    def believed(self) -> bool:
-        """Whether it is better than chance beyond doubt."""
-        return self.low > TRUSTED_AUC
-
-
-# Until it is tried, a role is believed.
-UNTRIED = Ranking(auc=math.nan, low=1.0, high=1.0, threshold=0.5, cases=0)
-
-
-def rank(ps: list[float], truth: list[bool]) -> Ranking:
-    """With Hanley and McNeil's interval (1982). Too few of a sort: auc nan, and not believed."""
-    known = [(p, t) for p, t in zip(ps, truth) if not math.isnan(p)]
-    right, wrong = [p for p, t in known if t], [p for p, t in known if not t]
-    if min(len(right), len(wrong)) < FEWEST_CASES:
-        return Ranking(math.nan, 0.0, 1.0, 0.5, len(known))
-    n, m = len(right), len(wrong)
-    auc = sum((p > q) + 0.5 * (p == q) for p in right for q in wrong) / (n * m)
-    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
-    spread = auc * (1 - auc) + (n - 1) * (q1 - auc**2) + (m - 1) * (q2 - auc**2)
-    margin = 1.96 * math.sqrt(spread / (n * m))
-    balanced = lambda cut: sum(p >= cut for p in right) / n + sum(p < cut for p in wrong) / m
-    best = max(sorted({p for p, _ in known}), key=balanced)
-    ranking = Ranking(auc, max(0.0, auc - margin), min(1.0, auc + margin), best, n + m)
-    return ranking if ranking.believed else replace(ranking, threshold=0.5)
-
-
-def balance(cases: list, truth: list[bool | None], most: int) -> tuple[list, list[bool]]:
-    """At most so many cases of known truth, half of them right if they suffice: (cases, truth)"""
-    right = [c for c, t in zip(cases, truth) if t][: most // 2]
-    wrong = [c for c, t in zip(cases, truth) if t is not None and not t][: most // 2]
-    return right + wrong, [True] * len(right) + [False] * len(wrong)
-
-
-def unsound(question: Question, bank: list[str]) -> Question | None:
-    """The same question with a constraint of the bank put in that clashes with another of its own.
-
-    None if nothing in the bank clashes.
-    """
-    for i, kept in enumerate(question.constraints):
-        rule = recognise(kept)
-        bad = [c for c in bank if rule and recognise(c) and contradiction([rule, recognise(c)])]
-        if bad:
-            mine, j = list(question.constraints), (i + 1) % len(question.constraints)
-            mine[j] = bad[0]
-            return Question(question.seed, question.kind, tuple(mine))
-    return None
-
-
-# ------------------------------------------------------------ rewards
-def extract_answer(text: str, think: bool) -> str:
-    """The part of a completion that is judged.
-
-    With `think` it must be SEIF's format, whole: "<think>a</think><answer> b</answer>" -> "b".
-    An answer in any other form counts as empty.
-    """
-    if not think:
-        # Some templates open a thought of the model's own.
-        return text.rpartition("</think>")[2].strip()
-    form = r"\s*<think>(.*?)</think>\s*<answer>(.*)</answer>\s*"
-    match = re.fullmatch(form, text, re.DOTALL)
-    if not match or re.search(r"</?(think|answer)>", match[1] + match[2]):
-        return ""
-    return match[2].strip()
-
-
-def echoes(question: Question, answer: str) -> bool:
-    """Whether an answer only gives the instruction back, or its lines, with next to nothing new."""
-    whole, plain = _plain(question.instruction), _plain(answer)
-    given = {"", whole, *map(_plain, question.instruction.split("\n"))}
-    if all(_plain(line) in given for line in answer.split("\n")):
-        return True
-    return whole in plain and len(plain.replace(whole, "").split()) < 3
+    cases = [(q, k, a) for q, a in pairs for k in range(len(q.constraints))]
+    values = [rule_verdict(q, k, a) if mode == "hybrid" else None for q, k, a in cases]
+    found = [Verdict(None, "none") if v is None else Verdict(float(v), "rule") for v in values]
+    undecided = [i for i, value in enumerate(values) if value is None] if ask else []
+    if undecided:
+        prompts = [judge_messages(q, a, q.constraints[k]) for q, k, a in cases]
+        probabilities = ask([prompts[i] for i in undecided])
+        for i, p in zip(undecided, probabilities):
+            found[i] = Verdict(None if math.isnan(p) else float(p >= threshold), "judger")
+    remaining = iter(found)
+    return [[next(remaining) for _ in q.constraints] for q, _ in pairs]
 
 
 def satisfaction(verdicts: list[Verdict]) -> float | None:
-    """r: the mean of the verdicts there are; None if all are missing."""
+    """r: the mean of the known verdicts, None if there is none."""
     values = [v.value for v in verdicts if v.value is not None]
     return sum(values) / len(values) if values else None
 
 
+def with_contradiction(question: Question, pool: list[str]) -> Question | None:
+    """The question with one constraint replaced by a contradiction from the pool, if it has one."""
+    for i, constraint in enumerate(question.constraints):
+        kept = parse_constraint(constraint)
+        for other in pool:
+            clash = parse_constraint(other)
+            if kept and clash and find_contradiction([kept, clash]):
+                constraints = list(question.constraints)
+                constraints[(i + 1) % len(constraints)] = other
+                return replace(question, constraints=tuple(constraints))
+    return None
+
+
+# ------------------------------------------------------------ the two roles together
+def uses_model(cfg) -> bool:
+    """Whether the settings leave any verdict to a model."""
+    return cfg.hard_fraction < 1 or cfg.judge == "llm" or cfg.filter != "rules"
+
+
+class Judge:
+    """Filter and Judger of a run.
+
+    cfg: filter, judge, trust_judge, hard_fraction, think, max_new_tokens, min_words,
+    instructor_reward. ask: P(yes) per list of messages. fits: whether a question's prompt is
+    within the token limit.
+    """
+
+    def __init__(self, cfg, ask: Ask, fits: Callable[[Question], bool] = lambda question: True):
+        self.cfg, self.ask, self.fits = cfg, ask, fits
+        self.judger = self.filter = UNCALIBRATED
+
+    @property
+    def trusts_model(self) -> bool:
+        """Whether the model's verdicts count: it is reliable, or the settings say so."""
+        forced = self.cfg.trust_judge or self.cfg.judge == "llm"
+        return uses_model(self.cfg) and (forced or self.judger.reliable)
+
+    @property
+    def filter_mode(self) -> str:
+        """As set, with code in place of a model that is not reliable."""
+        if not self.trusts_model and self.cfg.filter != "off":
+            return "rules"
+        if self.cfg.filter == "llm" and not self.filter.reliable:
+            return "code"
+        return self.cfg.filter
+
+    def load(self, judger: dict, filter: dict) -> None:
+        """Restore the calibration of a saved state."""
+        self.judger, self.filter = Calibration(**judger), Calibration(**filter)
+
+    def calibrate(self, samples: list, examples: list[Question], max_cases: int) -> None:
+        """Test the model where a verifier knows the truth, without labels.
+
+        samples: the model's own answers to questions with hard constraints. examples: sound
+        questions. A proxy: open constraints, which have no verifier, can only be harder.
+        """
+        cases = []
+        for s in samples:
+            answer = extract_answer(s.text, self.cfg.think) or s.text
+            for k in range(len(s.question.constraints) if answer else 0):
+                cases.append((s.question, k, answer, rule_verdict(s.question, k, answer)))
+        half = max_cases // 2
+        cases = [c for c in cases if c[3]][:half] + [c for c in cases if c[3] is False][:half]
+        ps = self.ask([judge_messages(q, a, q.constraints[k]) for q, k, a, _ in cases])
+        self.judger = calibrate(ps, [truth for *_, truth in cases])
+        pool = [c for q in examples for c in q.constraints]
+        clashing = [q for q in (with_contradiction(q, pool) for q in examples) if q]
+        ps = self.ask([filter_messages(q) for q in examples + clashing])
+        self.filter = calibrate(ps, [True] * len(examples) + [False] * len(clashing))
+
+    def accept(self, proposals: list) -> list:
+        """Sets .question or .rejected of the Instructor's samples. Returns the accepted ones.
+
+        Each sample comes with a question without constraints, which tells seed and kind. Filters:
+        "llm" is code, then the model. "code" is code alone. "rules" also rejects hard constraints
+        without a verifier. "off" accepts all that parse. A missing verdict accepts.
+        """
+        mode, cfg, parsed = self.filter_mode, self.cfg, []
+        for s in proposals:
+            constraints, s.rejected = parse_proposal(s.text, NUM_CONSTRAINTS[s.question.kind])
+            if s.rejected:
+                continue
+            s.question = replace(s.question, constraints=tuple(constraints))
+            if not self.fits(s.question):
+                s.rejected = "over --max-prompt-tokens"
+            elif mode != "off":
+                s.rejected = rule_filter(
+                    s.question, cfg.max_new_tokens, mode == "rules", cfg.min_words
+                )
+            if not s.rejected:
+                parsed.append(s)
+        if mode == "llm" and parsed:
+            for s, p in zip(parsed, self.ask([filter_messages(s.question) for s in parsed])):
+                if p < self.filter.threshold:
+                    s.rejected = "rejected by the model"
+        return [s for s in parsed if not s.rejected]
+
+    def score(self, samples: list) -> None:
+        """Sets .answer and .verdicts. Empty and cut-off answers get no verdict, and reward 0."""
+        for s in samples:
+            s.answer = extract_answer(s.text, self.cfg.think)
+        complete = [s for s in samples if s.answer and s.ended]
+        ask = self.ask if self.trusts_model else None
+        pairs = [(s.question, s.answer) for s in complete]
+        table = verdicts(pairs, ask, self.cfg.judge, self.judger.threshold)
+        for s, row in zip(complete, table):
+            s.verdicts = row
+
+
+# ------------------------------------------------------------ rewards
+def is_echo(question: Question, answer: str) -> bool:
+    """Whether an answer only repeats the instruction, or lines of it, with next to nothing new."""
+    whole, plain = normalize(question.instruction), normalize(answer)
+    lines = {"", whole, *map(normalize, question.instruction.split("\n"))}
+    if all(normalize(line) in lines for line in answer.split("\n")):
+        return True
+    return whole in plain and len(plain.replace(whole, "").split()) < 3
+
+
 def follower_reward(question: Question, answer: str, ended: bool, verdicts: list) -> float | None:
-    """r; 0 for an answer that is empty, cut off at the limit, or an echo of the instruction."""
-    if not answer or not ended or echoes(question, answer):
+    """r. Reward 0 for an answer that is empty, cut off at the limit, or an echo."""
+    if not answer or not ended or is_echo(question, answer):
         return 0.0
     return satisfaction(verdicts)
 
 
-def instructor_reward(r: float, shape: str) -> float:
-    """From the share r of its constraints that the frozen Follower's own answer satisfies.
+def follower_rewards(samples: list) -> None:
+    """Sets .reward of scored answers."""
+    for s in samples:
+        s.reward = follower_reward(s.question, s.answer, s.ended, s.verdicts)
 
-    "hardest" is the paper's 1 - r; "frontier" is 4 r (1 - r), most where half of them succeed.
+
+def instructor_reward(r: float, shape: str = "hardest") -> float:
+    """From r of the snapshot Follower's answer to a proposal.
+
+    "hardest" is SEIF's 1 - r. "frontier" is 4 r (1 - r), highest where half is satisfied.
     """
     return 1 - r if shape == "hardest" else 4 * r * (1 - r)
+
+
+def instructor_rewards(proposals: list, answers: list, shape: str) -> None:
+    """Sets .reward of all proposals. answers: the scored answers to the accepted ones, in order.
+
+    Rejected proposals get reward 0. So do those whose answer is empty or cut off: it tells nothing
+    of the difficulty, and the Instructor would learn to ask for answers above the token limit.
+    """
+    for s in proposals:
+        s.reward = 0.0
+    accepted = [s for s in proposals if not s.rejected]
+    for proposal, answer in zip(accepted, answers):
+        if answer.verdicts:
+            r = satisfaction(answer.verdicts)
+            proposal.reward = None if r is None else instructor_reward(r, shape)

@@ -1,145 +1,133 @@
 """seif.py: self-evolving reinforcement learning for instruction following (arXiv 2605.07465).
 
-    python seif.py                 train; the same command again goes on where it stopped
-    python seif.py eval RUN        strict and loose accuracy of the trained Follower
-    python seif.py chat RUN        talk to it; --base for the bare base model
-    python seif.py plot RUN        one picture of the run
-    python seif.py --help          every setting, with its default and its reason
+    python seif.py                 train; the same command resumes an interrupted run
+    python seif.py eval RUN        accuracy of the trained Follower on held-out or IFEval rows
+    python seif.py chat RUN        talk to it; --base for the base model
+    python seif.py plot RUN        a picture of the run
+    python seif.py merge RUN       base and Follower as one Hugging Face folder
+    python seif.py --help          every setting
 
-One turn: the Instructor is trained to write constraints that today's Follower fails (reward 1 - r);
-it writes the questions q_T; the Follower is trained to satisfy them (reward r). The Filter and the
-Judger are rules and, if a model is to be asked too, the Follower as it stood when the turn began.
-All are LoRA adapters on one quantised base model. `train` is the loop; read on in judge.py
-(verdicts, rewards) and rl.py (the engine).
-
-A run is a row of units, each a training step, a set of questions or an evaluation; each seeds its
-own random numbers, so that a resumed run repeats what an uninterrupted one would have done.
+A turn is one round of self-evolution (section 3 of the paper). The Instructor learns to write
+constraints that the current Follower fails (reward 1 - r) and writes the questions q_T. The
+Follower learns to satisfy them (reward r). Filter and Judger are verifiers in code and, if wanted,
+the Follower as it was at the start of the turn. All roles are LoRA adapters on one quantised base
+model. Read train() first, then judge.py (verdicts, rewards) and rl.py (sampling, GRPO).
 """
 
 import argparse
-import dataclasses
-import difflib
-import hashlib
-import io
-import json
+import functools
+import inspect
 import logging
 import math
 import os
 import random
 import re
-import signal
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import date
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import filelock
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch.utils._pytree import tree_map_only
-from tqdm import tqdm
 
-import judge
-import rl
-from judge import FILTERS, JUDGES, REWARDS
-from prompts import messages
-from prompts.messages import InputError, Question, replace_file
-from rl import Policy, Sample
+from extras import chat, evaluate, merge, plot, smollm2
+from extras.data import InputError
+from extras.log import LOGGERS
+from extras.peft_adapters import save_adapter
+from extras.run import Run
+from judge import (
+    FILTERS,
+    INSTRUCTOR_REWARDS,
+    JUDGES,
+    follower_rewards,
+    instructor_rewards,
+    uses_model,
+)
+from prompts import MAX_FEW_SHOT, Question, few_shot_examples, follower_messages, instructor_prompts
+from rl import ADVANTAGES, DTYPES, Policy, Sample, load
 
-# Their progress bars and notes drown ours; warnings that matter come back as exceptions.
+# The libraries' progress bars and notes would drown ours. Their errors are exceptions.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-QWEN, EMBEDDED = "Qwen/Qwen2.5-1.5B-Instruct", "SmolLM2-135M-Instruct"
-FILTER = "llm: code, then the model; code; rules: code, and no hard one that no rule knows; off"
-JUDGE = "hybrid: rules where they decide, else the model; llm: the model alone, the paper's way"
-REWARD = "the Instructor's; hardest: 1 - r, the paper's; frontier: most where half succeed"
-INTENT = "answers less about their seed than this share of the frozen Follower's pay 0"
-DTYPES = ("auto", *rl.DTYPES)
-BANK = min(len(messages.instructor_examples(kind)) for kind in messages.KINDS)
-# Attempts per seed at a question that the Filter accepts, and their temperature (the paper's).
-ATTEMPTS, QUESTION_TEMPERATURE = 3, 0.7
-# Verdicts whose truth rules know that the Judger is tried on at the start of a turn, at most.
-QUALIFYING = 128
-# A state is saved at the end of every stage, and when so many seconds have passed.
-SAVE_SECONDS = 60
-# Steps in a row without a finite gradient: then the run is not coming back by itself.
-MOST_VOIDED = 5
+# The roles that are trained. Each has an adapter, a frozen reference ref_<role> and an optimizer.
+TRAINED_ROLES = ["instructor", "follower"]
+# q_T: attempts per seed question until the Filter accepts, and their temperature (the paper's).
+MAX_ATTEMPTS, QUESTION_TEMPERATURE = 3, 0.7
+# Verdicts that calibrate the judge, at most.
+CALIBRATION_CASES = 128
 
 
 # ------------------------------------------------------------ settings
-def row(default, reason: str, **more):
-    """A setting: its default and its reason, which is also its --help.
-
-    small: without a GPU, on the embedded model; paper: under --paper; choices; least: the smallest
-    allowed, if that is not 0; may_change: when a run is resumed.
-    """
-    return dataclasses.field(default=default, metadata={"reason": reason, **more})
-
-
+# A trailing comment is the setting's --help text.
 @dataclass
 class Config:
-    """Every row is a flag of the same name."""
+    """Every field is a flag: max_new_tokens is --max-new-tokens."""
 
-    out: str = row("runs/seif", "run folder", may_change=True)
-    model: str = row(QWEN, "Hugging Face id or folder of a chat model", small=EMBEDDED)
-    bits: int = row(4, "4: nf4, double quantisation; 16: none", choices=(4, 16))
-    dtype: str = row("auto", "computes in; auto: what this machine is fast in", choices=DTYPES)
-    engine: str = row("packed", "plain: rl.py's own, slow", choices=("packed", "plain"))
-    seeds: str = row("", "seed questions: JSON lines, CSV, parquet, text; empty: ours")
-    heldout: str = row("", "rows in IFEval's format, measured each turn; empty: ours")
-    seed: int = row(0, "random seed")
-    init_follower: str = row("", "LoRA adapter, ours or peft's, that the Follower starts from")
-    # The schedule: 4,2 is 4 steps in turn 1, and 2 in all later ones. As everything that follows,
-    # the paper's where it says so, else as in the run of results/headline.
-    turns: int = row(3, "turns; the paper's number", small=1, least=1, may_change=True)
-    batch: int = row(16, "prompts per training step", small=8, least=1)
-    group: int = row(8, "samples per prompt", paper=5, least=2)
-    instructor_steps: str = row("4,2", "per turn; empty: one epoch", small="2,1", paper="")
-    follower_steps: str = row("30,12", "as above; empty: 3, 1, 1 epochs", small="8,3", paper="")
-    questions: int = row(128, "questions in q_T; 0: one per seed", small=48, paper=0)
-    # The roles.
-    hard_share: float = row(1.0, "of machine-checkable questions", paper=0.5, most=1)
-    shots: int = row(4, "worked examples for the Instructor", most=BANK)
-    think: bool = row(False, "require <think>..</think><answer>..</answer>", paper=True)
-    filter: str = row("rules", FILTER, paper="llm", choices=FILTERS)
-    min_words: int = row(30, "the Filter rejects what allows fewer words", small=20, paper=0)
-    trust_judger: bool = row(False, "believe the model as Judger even if it cannot tell")
-    judge: str = row("hybrid", JUDGE, paper="llm", choices=JUDGES)
-    reward: str = row("hardest", REWARD, paper="hardest", choices=REWARDS)
-    intent_gate: float = row(0.0, INTENT, most=1)
-    # GRPO.
-    temperature: float = row(0.8, "of the Follower's", small=0.7, paper=1.0, least=0.01)
-    instructor_temperature: float = row(1.0, "the other's", small=0.5, paper=1.0, least=0.01)
-    lr: float = row(6e-5, "LoRA wants more than the paper's 1e-6", small=3e-4, paper=2e-5)
-    kl: float = row(0.05, "weight of the k3 KL to the stage's start", paper=0.01)
-    updates: int = row(1, "optimiser steps per rollout batch", paper=4, least=1)
-    rank: int = row(16, "of LoRA; alpha is twice as much", least=1)
-    # Limits.
-    max_new_tokens: int = row(256, "an answer's; cut ones score 0", small=96, paper=1024, least=1)
-    instructor_tokens: int = row(160, "a proposal's", small=96, paper=512, least=1)
-    max_prompt_tokens: int = row(1024, "longer seeds are skipped and counted, never cut", least=1)
-    eval_rows: int = row(0, "held-out rows and questions measured per turn; 0: all")
-
-    @property
-    def asks_a_model(self) -> bool:
-        """Whether any verdict of a run is a model's."""
-        return self.hard_share < 1 or self.judge == "llm" or self.filter != "rules"
+    out: str = "runs/seif"  # run folder
+    model: str = "Qwen/Qwen2.5-1.5B-Instruct"  # Hugging Face id or folder of a chat model
+    bits: int = 4  # 4: nf4 with double quantisation; 16: none
+    dtype: str = "auto"  # compute type: fp32, bf16, fp16; auto: the fastest here
+    engine: str = "packed"  # packed, or plain: the slow reference in rl.py
+    seed_questions: str = ""  # file: JSON lines, text, CSV, parquet; empty: prompts/seeds.jsonl
+    heldout: str = ""  # file in IFEval's format, evaluated each turn; empty: prompts/heldout.jsonl
+    seed: int = 0  # random seed
+    init_follower: str = ""  # LoRA adapter folder that the Follower starts from
+    turns: int = 3  # rounds of self-evolution
+    prompts_per_step: int = 16  # prompts per training step
+    group_size: int = 8  # samples per prompt
+    instructor_steps: str = "4,2"  # steps in turn 1, 2, ...; the last holds on; empty: one epoch
+    follower_steps: str = "30,12"  # the same; empty: 3 epochs in turn 1, then 1
+    questions_per_turn: int = 128  # size of q_T; 0: one question per seed question
+    hard_fraction: float = 1.0  # share of verifiable questions; the rest needs the LLM judge
+    few_shot: int = 4  # examples in the Instructor's prompt
+    think: bool = False  # require <think>..</think><answer>..</answer>
+    filter: str = "rules"  # rules, code, llm (code, then the model), off; see Judge.accept
+    min_words: int = 30  # the Filter rejects instructions that allow fewer words
+    judge: str = "hybrid"  # hybrid: verifiers where they decide, else the model; llm: the model
+    trust_judge: bool = False  # use the LLM judge even if calibration finds it unreliable
+    instructor_reward: str = "hardest"  # hardest: 1 - r; frontier: 4 r (1 - r)
+    relevance_gate: float = 0.0  # reward 0 below this quantile of the snapshot's relevance (PMI)
+    temperature: float = 0.8  # Follower sampling temperature
+    instructor_temperature: float = 1.0  # Instructor sampling temperature
+    advantage: str = "grpo"  # grpo, rloo, dr_grpo; equations in rl.py
+    lr: float = 6e-5  # AdamW learning rate; LoRA needs more than the paper's 1e-6
+    kl_coef: float = 0.05  # weight of the KL to the policy at the start of the turn
+    num_minibatches: int = 1  # optimizer steps per rollout
+    lora_rank: int = 16  # LoRA rank; alpha is twice as much
+    max_new_tokens: int = 256  # token limit of an answer; cut-off answers get reward 0
+    max_proposal_tokens: int = 160  # token limit of a proposal
+    max_prompt_tokens: int = 1024  # longer seed questions are skipped and counted
+    eval_rows: int = 0  # held-out rows and questions evaluated per turn; 0: all
+    logger: str = "none"  # none, wandb, tensorboard, trackio; beside log.jsonl
 
 
-QUICK = dict(turns=2, batch=4, instructor_steps="2,1", follower_steps="3,2", questions=16)
-QUICK |= dict(eval_rows=40)
-# What --paper leaves of the small preset: its epochs would take a CPU a day, and in a schedule as
-# short as that its learning rate would teach nothing.
-PACE = ("instructor_steps", "follower_steps", "questions", "lr")
-ROWS = {field.name: field for field in dataclasses.fields(Config)}
+# Presets are command lines. Of a repeated flag the last one counts: --paper, CPU, --quick, yours.
+# CPU: without a GPU and without --model, the embedded 135M model for a few minutes.
+CPU = f"""
+    --model {smollm2.NAME} --turns 1 --prompts-per-step 8 --instructor-steps 2,1
+    --follower-steps 8,3 --questions-per-turn 48 --min-words 20 --temperature 0.7
+    --instructor-temperature 0.5 --lr 3e-4 --max-new-tokens 96 --max-proposal-tokens 96"""
+# --quick: the whole loop in minutes, with any model.
+QUICK = """
+    --turns 2 --prompts-per-step 4 --instructor-steps 2,1 --follower-steps 3,2
+    --questions-per-turn 16 --eval-rows 40"""
+# --paper: the paper's roles, rewards, GRPO settings and epochs. The learning rate is LoRA's.
+PAPER = """
+    --group-size 5 --instructor-steps= --follower-steps= --questions-per-turn 0
+    --hard-fraction 0.5 --think --filter llm --min-words 0 --judge llm --temperature 1
+    --lr 2e-5 --kl-coef 0.01 --num-minibatches 4 --max-new-tokens 1024 --max-proposal-tokens 512"""
+CHOICES = {"bits": (4, 16), "dtype": ("auto", *DTYPES), "engine": ("packed", "plain")}
+CHOICES |= {"filter": FILTERS, "judge": JUDGES, "instructor_reward": INSTRUCTOR_REWARDS}
+CHOICES |= {"advantage": tuple(ADVANTAGES), "logger": LOGGERS}
+# Smallest values of numbers where that is not 0, and largest values.
+POSITIVE = "turns prompts_per_step num_minibatches lora_rank max_new_tokens max_proposal_tokens"
+MINIMUM = dict.fromkeys(POSITIVE.split(), 1) | {"group_size": 2, "max_prompt_tokens": 1}
+MINIMUM |= {"temperature": 0.01, "instructor_temperature": 0.01}
+MAXIMUM = {"hard_fraction": 1, "relevance_gate": 1, "few_shot": MAX_FEW_SHOT}
 
 
 def flag(name: str) -> str:
@@ -148,494 +136,209 @@ def flag(name: str) -> str:
 
 
 def read_config(argv: list[str]) -> Config:
-    """Flags over --quick over --paper over the small preset over the defaults."""
-    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser("seif.py", description=__doc__, **how)
-    for name, field in ROWS.items():
-        about = field.metadata
-        small = f", small {about['small']!r}" if "small" in about else ""
-        text = f"{about['reason']} [{field.default!r}{small}]".replace("%", "%%")
-        kind = {"type": field.type, "choices": about.get("choices")}
-        if field.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **kind)
-    parser.add_argument("--paper", action="store_true", help="the paper's roles, GRPO, schedule")
-    parser.add_argument("--quick", action="store_true", help="a schedule of minutes, any model")
-    given, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        near = difflib.get_close_matches(word, [flag(n) for n in (*ROWS, "paper", "quick")], 1)
-        raise InputError(f"{word}: no such setting; {f'{near[0]}?' if near else 'see --help'}")
-    given = vars(given)
-    preset = lambda name: {k: f.metadata[name] for k, f in ROWS.items() if name in f.metadata}
-    small, values = preset("small"), preset("paper") if given.pop("paper") else {}
-    if not torch.cuda.is_available() and "model" not in given:
-        values = small | values | {name: small[name] for name in PACE}
-    values |= QUICK if given.pop("quick") else {}
-    cfg = Config(**values | given)
-    for name, field in ROWS.items():
-        value, least = getattr(cfg, name), field.metadata.get("least", 0)
-        most = field.metadata.get("most", math.inf)
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            limit = f"at least {least}" if value < least else f"at most {most}"
+    """The settings that a command line asks for."""
+    parser = argparse.ArgumentParser(
+        "seif.py",
+        usage="python seif.py [eval | chat | plot | merge] [--SETTING VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    help_texts = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for field in fields(Config):
+        text = f"{help_texts[field.name]} [{field.default!r}]".replace("%", "%%")
+        boolean = field.type is bool
+        how = {"action": argparse.BooleanOptionalAction} if boolean else {"type": field.type}
+        parser.add_argument(flag(field.name), default=field.default, help=text, **how)
+    parser.add_argument("--paper", action="store_true", help=f"the paper's settings: {PAPER}")
+    parser.add_argument("--quick", action="store_true", help=f"a schedule of minutes: {QUICK}")
+    given = [word.partition("=")[0] for word in argv]
+    presets = PAPER.split() if "--paper" in given else []
+    if not torch.cuda.is_available() and "--model" not in given:
+        presets += CPU.split()
+    presets += QUICK.split() if "--quick" in given else []
+    values = vars(parser.parse_args(presets + argv))
+    return Config(**{field.name: values[field.name] for field in fields(Config)})
+
+
+def validate(cfg: Config) -> None:
+    """InputError for the first setting that is out of range."""
+    for name, value in asdict(cfg).items():
+        low, high = MINIMUM.get(name, 0), MAXIMUM.get(name, math.inf)
+        limit = ""
+        if value not in CHOICES.get(name, (value,)):
+            limit = f"one of {', '.join(map(str, CHOICES[name]))}"
+        elif isinstance(value, (int, float)) and not low <= value <= high:
+            limit = f"between {low} and {high}"
+        elif name.endswith("_steps") and value and not re.fullmatch(r"\d+(,\d+)*", value):
+            limit = "whole numbers, such as 4,2"
+        if limit:
             raise InputError(f"{flag(name)} {value}: must be {limit}")
-        if name.endswith("_steps") and value and not re.fullmatch(r"\d+(,\d+)*", value):
-            raise InputError(f"{flag(name)} {value}: must be whole numbers, as 4,2")
-    if cfg.trust_judger and not cfg.asks_a_model:
-        raise InputError("--trust-judger: no model is asked; add --hard-share 0.5 or --filter llm")
-    return cfg
+    if cfg.trust_judge and not uses_model(cfg):
+        raise InputError("--trust-judge: no model is used; add --hard-fraction 0.5 or --filter llm")
 
 
 def load_policy(cfg: Config) -> Policy:
-    """The base model, without adapters."""
-    path = cfg.model
-    if path == EMBEDDED:
-        if not (smollm2 := rl.extra("smollm2")):
-            raise InputError("the embedded model comes with extras/: give --model FOLDER")
-        path = str(smollm2.folder())
-    how = dict(rank=cfg.rank, alpha=2 * cfg.rank, engine=cfg.engine, dtype=cfg.dtype)
-    return rl.load(path, cfg.bits, **how)
+    """The base model without adapters."""
+    path = str(smollm2.folder()) if cfg.model == smollm2.NAME else cfg.model
+    rank, alpha = cfg.lora_rank, 2 * cfg.lora_rank
+    return load(path, cfg.bits, rank=rank, alpha=alpha, engine=cfg.engine, dtype=cfg.dtype)
+
+
+def open_run(cfg: Config) -> Run:
+    """A new run, or the one in the folder --out. InputError if a setting is out of range."""
+    validate(cfg)
+    return Run(cfg, TRAINED_ROLES, load_policy)
 
 
 # ------------------------------------------------------------ the loop
 def train(cfg: Config) -> None:
-    """Self-evolution. What is done already is skipped; every unit is logged, and saved when due."""
-    with locked_folder(cfg) as begun:
-        run = Run(cfg, begun)
-        if report := rl.extra("report"):
-            print(report.plan(run))
-        for turn in range(1, cfg.turns + 1):
-            freeze_roles(run, turn)
-            for _ in run.left(turn, "qualification", int(run.cfg.asks_a_model)):
-                run.log(qualify_roles(run))
-            for step in run.left(turn, "instructor", run.steps(turn, "instructor")):
-                run.log(instructor_step(run, turn, step))
-            for _ in run.left(turn, "questions", 1):
-                run.log(write_questions(run, turn))
-            for step in run.left(turn, "follower", run.steps(turn, "follower")):
-                run.log(follower_step(run, turn, step))
-            for _ in run.left(turn, "evaluation", 1):
-                run.log(evaluate_turn(run, turn))
-    print(f"done: {cfg.out}/turn{cfg.turns}/follower; try: python seif.py chat {cfg.out}")
+    """Self-evolution. Finished steps are skipped, so the same call resumes a run."""
+    run = open_run(cfg)
+    cfg, policy, judge = run.cfg, run.policy, run.judge
+    for turn in range(run.turn, cfg.turns + 1):
+        run.start_turn()
+        if run.remaining("calibration", int(uses_model(cfg))):
+            calibrate(run, run.seed_rngs())
+
+        for step in run.remaining("instructor", run.num_steps("instructor", turn)):
+            rng = run.seed_rngs()
+            seed_questions = run.batch("instructor", run.seed_questions, step)
+            instructor_step(run, seed_questions, rng)
+
+        if run.remaining("questions", 1):
+            questions, rejected = write_questions(run, run.seed_rngs())
+            run.save_questions(questions)
+            run.finish_step("questions", run.log.questions(questions, rejected))
+        questions = run.read_questions()
+
+        for step in run.remaining("follower", run.num_steps("follower", turn, len(questions))):
+            run.seed_rngs()
+            batch = run.batch("follower", questions, step)
+            follower_step(run, batch, questions)
+
+        if run.remaining("evaluation", 1):
+            run.seed_rngs()
+            for role in TRAINED_ROLES:
+                save_adapter(policy, role, run.folder / f"turn{turn}" / role)
+            base_answers = flat(answer(run, run.base, questions[: cfg.eval_rows or None], 1, 0.0))
+            judge.score(base_answers)
+            figures = evaluate.evaluate_turn(run)
+            run.finish_step("evaluation", run.log.evaluation(figures, base_answers))
+        run.finish_turn()
+    print(f"done: {run.folder}/turn{cfg.turns}/follower; try: python seif.py chat {run.folder}")
+    run.close()
 
 
-def freeze_roles(run: "Run", turn: int) -> None:
-    """Both roles as the turn begins: the KL references; the Follower's also filters and judges."""
-    for role in ("instructor", "follower"):
-        if turn > 1:
-            run.policy.load_adapter(f"frozen_{role}", run.folder / f"turn{turn - 1}" / role)
-        else:
-            run.start(f"frozen_{role}", role)
-        for parameter in run.policy.tensors(f"frozen_{role}").values():
-            parameter.requires_grad_(False)
+def instructor_step(run: Run, seed_questions: list[str], rng: random.Random) -> None:
+    """Stage 1. Reward 1 - r, r by the snapshot Follower's own answer; 0 for rejected proposals."""
+    cfg, judge, temperature = run.cfg, run.judge, run.cfg.instructor_temperature
+    proposals = propose(run, seed_questions, cfg.group_size, temperature, rng)
+    accepted = judge.accept(flat(proposals))
+    answers = flat(answer(run, "ref_follower", [s.question for s in accepted], 1))
+    judge.score(answers)
+    instructor_rewards(flat(proposals), answers, cfg.instructor_reward)
+    metrics = run.update("instructor", proposals, temperature)
+    run.finish_step("instructor", run.log.instructor(proposals, answers, metrics))
 
 
-def qualify_roles(run: "Run") -> dict:
-    """Can the frozen Follower judge and filter? On cases whose truth rules know, no labels.
-
-    A proxy for what it is asked later, which no rule knows: who cannot count cannot weigh.
-    """
-    cfg, policy, draw = run.cfg, run.policy, run.draw
-    examples, clock = messages.instructor_examples("hard"), Clock()
-    seeds = draw.choices(run.seeds, k=QUALIFYING // 2)
-    asked = [Question(s, "hard", draw.choice(examples).constraints) for s in seeds]
-    with policy.using("frozen_follower"), clock("rollout"):
-        prompts = [messages.follower_prompt(q.instruction, cfg.think) for q in asked]
-        texts = [s.text for (s,) in policy.sample(prompts, 1, cfg.max_new_tokens, cfg.temperature)]
-    answers = [judge.extract_answer(text, cfg.think) or text for text in texts]
-    cases = [(q, a, c) for q, a in zip(asked, answers) if a for c in q.constraints]
-    truth = [judge.rule_verdict(q, c, a) for q, a, c in cases]
-    cases, truth = judge.balance(cases, truth, QUALIFYING)
-    bank = [c for q in examples for c in q.constraints]
-    draw.shuffle(bank)
-    clashing = [q for q in (judge.unsound(q, bank) for q in examples) if q]
-    with policy.using("frozen_follower"), clock("judging"):
-        ps = run.ask([messages.judger_prompt(*case) for case in cases])
-        run.judger = judge.rank(ps, truth)
-        sound = [True] * len(examples) + [False] * len(clashing)
-        ps = run.ask([messages.filter_prompt(q) for q in examples + clashing])
-        run.filter = judge.rank(ps, sound)
-    return dict(judger=asdict(run.judger), filter=asdict(run.filter), seconds=clock)
+def follower_step(run: Run, batch: list[Question], questions: list[Question]) -> None:
+    """Stage 2. Reward r, the share of satisfied constraints. questions: all of q_T."""
+    answers = answer(run, "follower", batch, run.cfg.group_size)
+    run.judge.score(flat(answers))
+    follower_rewards(flat(answers))
+    if run.cfg.relevance_gate:
+        evaluate.gate(run, questions, flat(answers))
+    metrics = run.update("follower", answers, run.cfg.temperature)
+    run.finish_step("follower", run.log.follower(answers, metrics))
 
 
-# ------------------------------------------------------------ what the roles do
-def propose(run: "Run", seeds: list, kinds: list, n: int, temperature) -> list[list[Sample]]:
-    """The Instructor's n proposals a seed, each with its question, and why it is rejected if so."""
-    cfg, policy = run.cfg, run.policy
-    prompts = messages.instructor_prompts(seeds, kinds, cfg, run.draw.random())
-    with policy.using("instructor"):
-        groups = policy.sample(prompts, n, cfg.instructor_tokens, temperature)
-    for seed, kind, group in zip(seeds, kinds, groups):
+def calibrate(run: Run, rng: random.Random) -> None:
+    """Test the snapshot Follower as Judger and Filter, on its answers to verifiable questions."""
+    examples = few_shot_examples("hard")
+    asked = [
+        Question(seed_question, "hard", rng.choice(examples).constraints)
+        for seed_question in rng.choices(run.seed_questions, k=CALIBRATION_CASES // 2)
+    ]
+    answers = flat(answer(run, "ref_follower", asked, 1))
+    run.judge.calibrate(answers, examples, CALIBRATION_CASES)
+    run.finish_step("calibration", run.log.calibration(run.judge))
+
+
+def flat(groups: list[list[Sample]]) -> list[Sample]:
+    """All samples of all groups."""
+    return [sample for group in groups for sample in group]
+
+
+def propose(run: Run, seed_questions: list[str], n: int, temperature, rng) -> list[list[Sample]]:
+    """n proposals of the Instructor per seed question."""
+    cfg = run.cfg
+    # Soft constraints need a judge that can tell.
+    hard = cfg.hard_fraction if run.judge.trusts_model else 1.0
+    kinds = ["hard" if rng.random() < hard else "soft" for _ in seed_questions]
+    prompts = instructor_prompts(seed_questions, kinds, cfg.few_shot, cfg.prompts_per_step, rng)
+    with run.policy.using("instructor"):
+        groups = run.policy.sample(prompts, n, cfg.max_proposal_tokens, temperature)
+    for seed_question, kind, group in zip(seed_questions, kinds, groups):
         for sample in group:
-            found, sample.reason = judge.parse_constraints(sample.text, messages.KINDS[kind])
-            if not sample.reason:
-                sample.question = Question(seed, kind, tuple(found))
-                asked = messages.follower_prompt(sample.question.instruction, cfg.think)
-                long = len(policy.chat.encode(asked)) > cfg.max_prompt_tokens
-                sample.reason = "over --max-prompt-tokens" if long else ""
-    parsed = [s for group in groups for s in group if not s.reason]
-    questions, limits = [s.question for s in parsed], (cfg.max_new_tokens, cfg.min_words)
-    with policy.using("frozen_follower"):
-        how = (run.ask, run.filter_mode, limits, run.filter.threshold)
-        reasons = judge.filter_questions(questions, *how)
-    for sample, reason in zip(parsed, reasons):
-        sample.reason = reason
+            sample.question = Question(seed_question, kind, ())
     return groups
 
 
-def answer(run: "Run", role, questions, n: int, temperature, clock) -> list[list[Sample]]:
-    """n answers of `role`, None being the base model, to each question, with verdicts."""
-    cfg, policy = run.cfg, run.policy
-    with clock("rollout"), policy.using(role):
-        prompts = [messages.follower_prompt(q.instruction, cfg.think) for q in questions]
-        groups = policy.sample(prompts, n, cfg.max_new_tokens, temperature)
+def answer(run: Run, role: str | None, questions: list[Question], n: int, temperature=None):
+    """n answers of `role` per question: groups of samples. None is the base model."""
+    cfg = run.cfg
+    prompts = [follower_messages(q.instruction, cfg.think) for q in questions]
+    temperature = cfg.temperature if temperature is None else temperature
+    with run.policy.using(role):
+        groups = run.policy.sample(prompts, n, cfg.max_new_tokens, temperature)
     for question, group in zip(questions, groups):
         for sample in group:
-            sample.question, sample.answer = question, judge.extract_answer(sample.text, cfg.think)
-    # Cut-off and empty answers pay nothing, whatever the verdict.
-    samples = [s for group in groups for s in group if s.answer and s.ended]
-    with clock("judging"), policy.using("frozen_follower"):
-        pairs = [(s.question, s.answer) for s in samples]
-        ask = run.ask if run.trusts_judger else None
-        table = judge.verdicts(pairs, ask, cfg.judge, run.judger.threshold)
-    for sample, verdicts in zip(samples, table):
-        sample.verdicts = verdicts
+            sample.question = question
     return groups
 
 
-# ------------------------------------------------------------ stage 1: the Instructor
-def instructor_step(run: "Run", turn: int, step: int) -> dict:
-    """GRPO on proposals: 0 for an invalid one, else 1 - r of the frozen Follower's own answer."""
-    cfg, clock = run.cfg, Clock()
-    order = random.Random(f"{cfg.seed}/{turn}").sample(run.seeds, len(run.seeds))
-    seeds = [order[(step * cfg.batch + i) % len(order)] for i in range(cfg.batch)]
-    with clock("rollout"):
-        groups = propose(run, seeds, run.kinds(seeds), cfg.group, cfg.instructor_temperature)
-    proposals = [s for group in groups for s in group]
-    valid = [s for s in proposals if not s.reason]
-    questions = [s.question for s in valid]
-    answers = [a for (a,) in answer(run, "frozen_follower", questions, 1, cfg.temperature, clock)]
-    for proposal in proposals:
-        proposal.reward = 0.0
-    for proposal, given in zip(valid, answers):
-        # A cut-off answer says nothing of the difficulty, and pays 0: else the Instructor would
-        # learn to ask for answers longer than the limit. Without any verdict nothing is known.
-        if given.verdicts:
-            r = judge.satisfaction(given.verdicts)
-            proposal.reward = None if r is None else judge.instructor_reward(r, cfg.reward)
-    with clock("update"):
-        own = dataclasses.replace(cfg, temperature=cfg.instructor_temperature)
-        metrics = run.update("instructor", groups, own)
-    pairs = list(zip(answers, (p.reward for p in valid)))
-    return dict(groups=groups, answers=pairs, seconds=clock, metrics=metrics)
-
-
-# ------------------------------------------------------------ the questions q_T
-def write_questions(run: "Run", turn: int) -> dict:
-    """The trained Instructor writes one question per seed; a few retries for what is rejected."""
-    cfg, clock, accepted, rejected = run.cfg, Clock(), [], Counter()
-    seeds = run.draw.sample(run.seeds, min(cfg.questions or len(run.seeds), len(run.seeds)))
-    kinds = run.kinds(seeds)
+def write_questions(run: Run, rng: random.Random) -> tuple[list[Question], Counter]:
+    """q_T: the Instructor writes one question per seed question, with a few attempts each."""
+    cfg = run.cfg
+    count = min(cfg.questions_per_turn or len(run.seed_questions), len(run.seed_questions))
+    pending = rng.sample(run.seed_questions, count)
     temperature = min(QUESTION_TEMPERATURE, cfg.instructor_temperature)
-    with clock("rollout"):
-        for _ in range(ATTEMPTS):
-            proposals = [s for (s,) in propose(run, seeds, kinds, 1, temperature)]
-            accepted += [s.question for s in proposals if not s.reason]
-            rejected.update(s.reason for s in proposals if s.reason)
-            again = [i for i, s in enumerate(proposals) if s.reason]
-            seeds, kinds = [seeds[i] for i in again], [kinds[i] for i in again]
-    # Accepted at the first attempt or the last: whoever takes the first few takes of both.
-    run.draw.shuffle(accepted)
-    run.written[turn] = len(accepted)
-    text = messages.json_lines([asdict(q) for q in accepted])
-    replace_file(run.folder / f"turn{turn}" / "questions.jsonl", text.encode())
-    return dict(questions=accepted, rejected=rejected, seconds=clock)
+    questions, rejected = [], Counter()
+    for _ in range(MAX_ATTEMPTS):
+        proposals = flat(propose(run, pending, 1, temperature, rng))
+        questions += [s.question for s in run.judge.accept(proposals)]
+        rejected.update(s.rejected for s in proposals if s.rejected)
+        pending = [s.question.seed_question for s in proposals if s.rejected]
+    # Shuffled, so that the first rows are not those accepted at the first attempt.
+    rng.shuffle(questions)
+    return questions, rejected
 
 
-# ------------------------------------------------------------ stage 2: the Follower
-def follower_step(run: "Run", turn: int, step: int) -> dict:
-    """GRPO on answers: r, the mean verdict over the constraints."""
-    cfg, clock, questions = run.cfg, Clock(), run.questions(turn)
-    # Epoch after epoch, each in an order of its own; a step may straddle two.
-    places = [divmod(step * cfg.batch + i, len(questions)) for i in range(cfg.batch)]
-    shuffled = lambda e: random.Random(f"{cfg.seed}/{turn}/{e}").sample(questions, len(questions))
-    orders = {epoch: shuffled(epoch) for epoch in {epoch for epoch, _ in places}}
-    batch = [orders[epoch][at] for epoch, at in places]
-    groups = answer(run, "follower", batch, cfg.group, cfg.temperature, clock)
-    samples = [s for group in groups for s in group]
-    for s in samples:
-        s.reward = judge.follower_reward(s.question, s.answer, s.ended, s.verdicts)
-    if cfg.intent_gate:
-        with clock("gate"):
-            rl.extra("sense").gate(run, turn, samples)
-    with clock("update"):
-        metrics = run.update("follower", groups, cfg)
-    answers = [(group[0], group[0].reward) for group in groups]
-    return dict(groups=groups, answers=answers, seconds=clock, metrics=metrics)
+# ------------------------------------------------------------ command line
+COMMANDS = {"eval": evaluate.main, "chat": chat.main, "plot": plot.main, "merge": merge.main}
 
 
-class Clock(Counter):
-    """Seconds by phase of a step: `with clock("rollout"): ...`."""
-
-    @contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        yield
-        self[phase] += time.perf_counter() - start
-
-
-def evaluate_turn(run: "Run", turn: int) -> dict:
-    """Save the adapters; how hard q_T is for whom the run began with. report.py adds the rest."""
-    for role in run.optimizers:
-        run.policy.save(role, run.folder / f"turn{turn}" / role)
-    questions, clock = run.questions(turn)[: run.cfg.eval_rows or None], Clock()
-    answers = [a for (a,) in answer(run, run.base, questions, 1, 0.0, clock)]
-    return dict(answers=answers, seconds=clock)
-
-
-# ------------------------------------------------------------ the run folder
-@contextmanager
-def locked_folder(cfg: Config):
-    """Create the run folder or check its settings, keep other runs out; "auto" becomes a dtype."""
-    folder, path = Path(cfg.out), Path(cfg.out, "config.json")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(folder / "lock").acquire(timeout=0)
-        old = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-        if cfg.dtype == "auto":
-            # A run goes on in the type that it began in, on whatever machine.
-            cfg.dtype = old.get("dtype", rl.fast_dtype(torch.cuda.is_available()))
-        own = asdict(cfg) | {"begun": old.get("begun", date.today().isoformat())}
-        begun = date.fromisoformat(own["begun"])
-    except filelock.Timeout as error:
-        mend = "give another --out, or stop that one"
-        raise InputError(f"{folder}: another run is writing here; {mend}") from error
-    except (OSError, ValueError, TypeError) as error:
-        mend = f"mend or take out {path.name}, or give another --out"
-        raise InputError(f"{folder}: cannot be used as run folder ({error}); {mend}") from error
-    with held:
-        differ = [
-            f"{flag(name)} {old[name]!r}, not {own[name]!r}"
-            for name, field in ROWS.items()
-            if old.get(name, own[name]) != own[name] and not field.metadata.get("may_change")
-        ]
-        if differ:
-            mend = "give another --out, or the same settings"
-            raise InputError(f"{path}: this run was made with {', '.join(differ)}; {mend}")
-        replace_file(path, json.dumps(own, indent=2).encode())
-        yield begun
-
-
-class Run:
-    """A run folder and what is in memory of it: the policy, optimisers, and what is done."""
-
-    def __init__(self, cfg: Config, begun: date):
-        self.cfg, self.folder = cfg, Path(cfg.out)
-        ours, evaluation = messages.PROMPTS, rl.extra("eval")
-        seeds = messages.read_seeds(cfg.seeds or ours / "seeds.jsonl")
-        if cfg.intent_gate and not evaluation:
-            raise InputError("--intent-gate comes with extras/, which is not here")
-        heldout = cfg.heldout or ours / "heldout.jsonl"
-        self.heldout = evaluation.read_rows(heldout)[: cfg.eval_rows or None] if evaluation else []
-        print("  ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
-        self.policy = load_policy(cfg)
-        # Templates that tell the date keep telling it, after midnight and when resumed.
-        self.policy.chat.today = begun
-        encode = self.policy.chat.encode
-        messages.check_limits(cfg, encode, cfg.asks_a_model, self.policy.model.config)
-        self.seeds = messages.usable(seeds, cfg, encode)
-        self.digest = messages.digest(self.seeds, cfg.init_follower)
-        self.optimizers = {}
-        for role in ("instructor", "follower"):
-            self.start(role, role)
-            parameters = list(self.policy.tensors(role).values())
-            self.optimizers[role] = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
-        # Whom the Follower is compared with: the base model, or the adapter that it starts from.
-        self.base = "base" if cfg.init_follower else None
-        if self.base:
-            self.start(self.base, "follower")
-        # Units done in all, and units that the loop has come past.
-        self.done = self.passed = self.voided = 0
-        # How far the frozen Follower is to be believed as Judger and as Filter.
-        self.judger = self.filter = judge.UNTRIED
-        # Questions of each q_T, which decide the Follower's steps; --intent-gate's threshold.
-        self.written: dict[int, int] = {}
-        self.least: dict[int, float] = {}
-        self.saved = time.time()
-        self._resume()
-        skipped = f"{len(seeds) - len(self.seeds)} too long, skipped"
-        print(f"{len(self.seeds)} seeds ({skipped}), {len(self.heldout)} held-out rows, {cfg.out}")
-        if self.done:
-            print(f"going on after unit {self.done}")
-
-    def start(self, name: str, role: str) -> None:
-        """An adapter as `role` is when the run begins; the same seed, so the same weights."""
-        if role == "follower" and self.cfg.init_follower:
-            self.policy.load_adapter(name, self.cfg.init_follower)
-        else:
-            self.policy.add(name, seed=self.cfg.seed * 2 + (role == "follower"))
-
-    def left(self, turn: int, stage: str, steps: int) -> Iterator[int]:
-        """The steps of a stage that are not done, each seeded, under a bar; saved when due."""
-        first = min(steps, max(0, self.done - self.passed))
-        self.passed += steps
-        if first == steps:
-            return
-        (self.folder / f"turn{turn}").mkdir(exist_ok=True)
-        how = dict(total=steps, initial=first, desc=f"turn {turn} {stage}", dynamic_ncols=True)
-        with tqdm(**how) as self.bar:
-            for step in range(first, steps):
-                self.draw = seed_unit(self.cfg.seed, turn, stage, step)
-                self.unit = dict(turn=turn, stage=stage, step=step)
-                self.unit_start = time.time()
-                yield step
-                self.done += 1
-                self.bar.update()
-                if step == steps - 1 or time.time() - self.saved >= SAVE_SECONDS:
-                    self.save()
-                if Run.stopped:
-                    raise KeyboardInterrupt
-
-    def steps(self, turn: int, role: str) -> int:
-        """As set; else epochs, 3 of the Follower's in turn 1, SEIF's front-loaded schedule, else 1.
-
-        A q_T that is not written yet counts as a question for each of its seeds.
-        """
-        rows = len(self.seeds)
-        if role == "follower":
-            rows = self.written.get(turn, min(self.cfg.questions or rows, rows))
-        given = getattr(self.cfg, f"{role}_steps").split(",")
-        if given[0] and rows:
-            return int(given[min(turn, len(given)) - 1])
-        epochs = 3 if (role, turn) == ("follower", 1) else 1
-        return math.ceil(epochs * rows / self.cfg.batch)
-
-    def kinds(self, seeds: list[str]) -> list[str]:
-        """hard or soft for each seed, drawn; hard where nobody could judge a soft one."""
-        share = self.cfg.hard_share if self.trusts_judger else 1.0
-        return ["hard" if self.draw.random() < share else "soft" for _ in seeds]
-
-    @property
-    def trusts_judger(self) -> bool:
-        """Whether the model's verdicts count; under --judge llm they do, measured or not."""
-        trusted = self.cfg.trust_judger or self.cfg.judge == "llm" or self.judger.believed
-        return self.cfg.asks_a_model and trusted
-
-    def ask(self, prompts: list[list[dict]]) -> list[float]:
-        """The Judger's and the Filter's P(yes), nan for none: the frozen Follower's."""
-        return self.policy.yes_probability(prompts)
-
-    @property
-    def filter_mode(self) -> str:
-        """As set; code for a Filter that cannot tell, rules beside a Judger that cannot."""
-        if not self.trusts_judger and self.cfg.filter != "off":
-            return "rules"
-        disbelieved = self.cfg.filter == "llm" and not self.filter.believed
-        return "code" if disbelieved else self.cfg.filter
-
-    def questions(self, turn: int) -> list[Question]:
-        """q_T as written."""
-        path = self.folder / f"turn{turn}" / "questions.jsonl"
-        return messages.read_questions(path, self.written.get(turn))
-
-    def update(self, role: str, groups: list[list[Sample]], cfg) -> dict:
-        """A GRPO step; ends the run when step after step has no finite gradient."""
-        how = (self.optimizers[role], cfg)
-        metrics = rl.grpo_step(self.policy, role, f"frozen_{role}", groups, *how)
-        void = metrics["skipped"] and not metrics["updates"]
-        self.voided = self.voided + 1 if void else 0
-        if self.voided == MOST_VOIDED:
-            mend = f"lower --lr, raise --kl, go on from {self.folder}"
-            raise InputError(f"{self.voided} steps in a row had no finite gradient; {mend}")
-        return metrics
-
-    def log(self, done: dict) -> None:
-        """A unit's line of log.jsonl: what extras/report.py, which shows it too, makes of it."""
-        report = rl.extra("report")
-        told = {role: done[role] for role in ("judger", "filter") if role in done}
-        row = report.show(self, done) if report else self.unit | done.get("metrics", told)
-        row["wall"] = time.time() - self.unit_start
-        messages.append_text(self.folder / "log.jsonl", messages.json_lines([row]))
-        if not report:
-            tqdm.write(messages.json_lines([row])[:-1])
-
-    def save(self) -> None:
-        """Replace the state: adapters, optimisers, and how many units are done."""
-        adapters = {role: self.policy.tensors(role) for role in self.optimizers}
-        optimizers = {role: o.state_dict() for role, o in self.optimizers.items()}
-        state = dict(done=self.done, written=self.written, seeds=self.digest)
-        state |= dict(judger=asdict(self.judger), filter=asdict(self.filter))
-        state |= dict(adapters=adapters, optimizers=optimizers)
-        # By way of memory: on a full disk torch's own writer raises what is no OSError.
-        buffer = io.BytesIO()
-        torch.save(tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), state), buffer)
-        replace_file(self.folder / "state.pt", buffer.getvalue())
-        self.saved = time.time()
-
-    def _resume(self) -> None:
-        """Take up the saved state, if there is one; the log keeps a line for each unit done."""
-        path, log = self.folder / "state.pt", self.folder / "log.jsonl"
-        if path.exists():
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                for role, optimizer in self.optimizers.items():
-                    for name, parameter in self.policy.tensors(role).items():
-                        parameter.data.copy_(state["adapters"][role][name])
-                    optimizer.load_state_dict(state["optimizers"][role])
-                self.done, self.written = int(state["done"]), dict(state["written"])
-                self.judger = judge.Ranking(**state["judger"])
-                self.filter = judge.Ranking(**state["filter"])
-                if state["seeds"] != self.digest:
-                    raise ValueError("it began with other seeds, or another adapter")
-            except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-                mend = "take it out to begin again"
-                raise InputError(f"{path}: not this run's state ({reason}); {mend}") from error
-        elif any(self.folder.glob("turn*/follower/*.safetensors")):
-            print(f"no {path}: begins again, and replaces turn after turn of what is there")
-        for turn in self.written:
-            self.questions(turn)
-        replace_file(log, messages.first_units(log, self.done))
-
-
-def seed_unit(seed: int, turn: int, stage: str, step: int) -> random.Random:
-    """Seed every random number of one unit, torch's and the returned ones."""
-    digest = hashlib.sha256(f"{seed}/{turn}/{stage}/{step}".encode()).digest()
-    number = int.from_bytes(digest[:7], "big")
-    torch.manual_seed(number)
-    return random.Random(number)
-
-
-# ------------------------------------------------------------ commands
 def main(argv: list[str]) -> int:
-    """Run a command; errors that the user can mend end in one line and status 2."""
-    Run.stopped = False
-
-    def stop(*_) -> None:
-        """A polite kill is a Ctrl-C; a step's end looks again, in case something swallows it."""
-        Run.stopped = True
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    """Run a command. User errors end in one line and exit status 2."""
     try:
-        if argv and argv[0] in ("eval", "chat", "plot"):
-            if not (command := rl.extra(argv[0])):
-                raise InputError(f"{argv[0]} comes with extras/, which is not here")
-            if not argv[1:]:
-                runs = ", ".join(str(p.parent) for p in sorted(Path("runs").glob("*/config.json")))
-                raise InputError(f"{argv[0]} needs a run folder; under runs/: {runs or 'none yet'}")
-            command.main(argv[1:], sys.modules[__name__])
+        if argv and argv[0] in COMMANDS:
+            if len(argv) == 1:
+                runs = [str(path.parent) for path in sorted(Path("runs").glob("*/config.json"))]
+                raise InputError(f"{argv[0]} needs a run folder; runs: {', '.join(runs) or 'none'}")
+            open_finished = functools.partial(evaluate.open_run, Config, load_policy)
+            COMMANDS[argv[0]](argv[1:], open_finished)
         else:
             train(read_config(argv))
         return 0
-    except (InputError, rl.ModelError, torch.OutOfMemoryError) as error:
+    except InputError as error:
         print(f"seif: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:
-        print(f"seif: {error}; what was saved is whole: the same command goes on", file=sys.stderr)
+        print(f"seif: {error}; nothing saved is lost, the same command resumes", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nseif: stopped; the same command goes on from the last state", file=sys.stderr)
+        print("\nseif: stopped; the same command resumes from the last state", file=sys.stderr)
         return 130
 
 

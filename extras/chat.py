@@ -1,27 +1,28 @@
-"""chat.py: `python seif.py chat RUN`, a conversation with the Follower."""
+"""chat.py: `python seif.py chat RUN`, a conversation with the Follower or the base model."""
 
 import argparse
 import sys
 
-import judge
-from extras.eval import open_run
-from prompts import messages
+from extras.data import InputError
+from prompts import assistant, extract_answer, follower_messages
 
 
-def main(argv: list[str], seif) -> None:
-    """`chat RUN`: an empty line or Ctrl-D ends it."""
+def main(argv: list[str], open_run) -> None:
+    """Talk to the Follower. An empty line or Ctrl-D ends the conversation."""
     parser = argparse.ArgumentParser("seif.py chat", description=main.__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--base", action="store_true", help="the base model instead")
-    parser.add_argument("--turn", type=int, default=0, help="the Follower of; default: the last")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--turn", type=int, default=0, help="the Follower's turn; 0: the last")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="limit of an answer")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or args.temperature < 0:
-        raise messages.InputError("--max-new-tokens is at least 1, --temperature at least 0")
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
-    cfg, policy, turn = open_run(seif, args.run, args.turn)
+        raise InputError("--max-new-tokens must be at least 1, --temperature at least 0")
+    for stream in (sys.stdin, sys.stdout):
+        # A terminal may lack a character of an answer, or send bytes that are not its encoding.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    cfg, policy, turn = open_run(args.run, args.turn)
     name = "base model" if args.base else f"Follower of turn {turn}"
     print(f"{name}; an empty line ends the conversation")
     history = []
@@ -32,19 +33,18 @@ def main(argv: list[str], seif) -> None:
             line = ""
         if not line:
             return
-        turns = messages.follower_prompt(line, cfg.think)
-        opening = [t for t in turns if t["role"] == "assistant"]
-        asked = [t for t in turns if t["role"] != "assistant"]
-        # The system line stands first, once; what an answer begins with, last.
-        history += asked[-1:] if history else asked
-        held = len(policy.chat.encode(history + opening)) + args.max_new_tokens
-        if held > messages.context_of(policy.model.config):
-            print("the conversation has come to the end of the model's context; begin anew")
+        messages = follower_messages(line, cfg.think)
+        prefill = [m for m in messages if m["role"] == "assistant"]
+        new = [m for m in messages if m["role"] != "assistant"]
+        # The system message comes once, before the first question.
+        history += new[-1:] if history else new
+        tokens = len(policy.chat.encode(history + prefill)) + args.max_new_tokens
+        if tokens > policy.context_length:
+            print("the conversation fills the model's context; start a new one")
             return
         with policy.using(None if args.base else "follower"):
-            ((sample,),) = policy.sample(
-                [history + opening], 1, args.max_new_tokens, args.temperature
+            [[sample]] = policy.sample(
+                [history + prefill], 1, args.max_new_tokens, args.temperature
             )
-        text = sample.text.strip()
-        history.append({"role": "assistant", "content": text})
-        print(judge.extract_answer(text, cfg.think) or text)
+        history.append(assistant(sample.text.strip()))
+        print(extract_answer(sample.text, cfg.think) or sample.text.strip())

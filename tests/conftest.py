@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import judge
 import rl
+import seif
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -136,18 +137,23 @@ def randomise(policy, role: str, seed: int = 3) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def copy_role(policy, source: str, role: str) -> None:
-    """`role` becomes a frozen copy of `source`."""
-    policy.add(role)
-    for name, parameter in policy.tensors(role).items():
-        parameter.data.copy_(policy.tensors(source)[name])
-        parameter.requires_grad_(False)
-
-
 @pytest.fixture
 def setup(tmp_path, monkeypatch):
-    """A tiny model, seeds, held-out rows, and the flags of a run of two turns (tests/tiny.py)."""
-    monkeypatch.setattr(judge, "parse_constraints", tiny.parse)
+    """A tiny model, seed questions, held-out rows, and the flags of a run (tests/tiny.py)."""
+    monkeypatch.setattr(judge, "parse_proposal", tiny.parse)
     make_model(tmp_path / "model", **tiny.MODEL)
     tiny.write_inputs(tmp_path)
     return lambda out, **more: tiny.flags(tmp_path, out, **more)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished run of two turns. Read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(judge, "parse_proposal", tiny.parse)
+    make_model(folder / "model", **tiny.MODEL)
+    tiny.write_inputs(folder)
+    assert seif.main(tiny.flags(folder, "run")) == 0
+    patch.undo()
+    return folder / "run"

@@ -27,7 +27,7 @@ MODEL = dict(
     num_key_value_heads=1,
     max_position_embeddings=4096,
 )
-BANK = [
+POOL = [
     "Your answer must not contain any commas.",
     "Your answer must have at most 5 words.",
     "Your answer must be in all lowercase letters.",
@@ -38,14 +38,14 @@ BANK = [
 HELDOUT = [
     {
         "key": 1,
-        "seed": "Say hi.",
+        "seed_question": "Say hi.",
         "prompt": "Say hi.\nUse no commas.",
         "instruction_id_list": ["punctuation:no_comma"],
         "kwargs": [{}],
     },
     {
         "key": 2,
-        "seed": "Say ho.",
+        "seed_question": "Say ho.",
         "prompt": "Say ho.\nAnswer with at least 2 words in JSON.",
         "instruction_id_list": ["length_constraints:number_words", "detectable_format:json_format"],
         "kwargs": [{"num_words": 2, "relation": "at least"}, {}],
@@ -54,9 +54,9 @@ HELDOUT = [
 
 
 def parse(text: str, count: int) -> tuple[list[str], str]:
-    """Takes the place of judge.parse_constraints."""
+    """Takes the place of judge.parse_proposal."""
     draw = random.Random(text)
-    return ([], "no json") if draw.random() < 0.2 else (draw.sample(BANK, count), "")
+    return ([], "no json") if draw.random() < 0.2 else (draw.sample(POOL, count), "")
 
 
 def write_inputs(folder: Path) -> None:
@@ -71,24 +71,24 @@ def flags(folder: Path, out: str, **more) -> list[str]:
         out=folder / out,
         model=folder / "model",
         bits=16,
-        seeds=folder / "seeds.txt",
+        seed_questions=folder / "seeds.txt",
         heldout=folder / "heldout.jsonl",
         turns=2,
-        batch=2,
-        group=4,
+        prompts_per_step=2,
+        group_size=4,
         instructor_steps="2,1",
         follower_steps="2",
-        hard_share=1.0,
-        shots=0,
+        hard_fraction=1.0,
+        few_shot=0,
         filter="rules",
         min_words=0,
         temperature=1.0,
-        kl=0.01,
+        kl_coef=0.01,
         max_new_tokens=12,
-        instructor_tokens=8,
+        max_proposal_tokens=8,
         max_prompt_tokens=2000,
         lr=1e-2,
-        updates=2,
+        num_minibatches=2,
     )
     words = [w for k, v in (settings | more).items() for w in (f"--{k.replace('_', '-')}", str(v))]
     return [*words, "--no-think"]
@@ -104,7 +104,7 @@ def main(argv: list[str], stderr: str = "") -> None:
     """A process's whole life. stderr: a file for what it says there."""
     if stderr:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    judge.parse_constraints = parse
+    judge.parse_proposal = parse
     sys.exit(seif.main(argv))
 
 

@@ -1,0 +1,53 @@
+"""calibration.py: is a model better than chance as a judge? Tested where the truth is known."""
+
+import math
+from dataclasses import dataclass, replace
+
+# The model is reliable as a judge if the lower end of its AUC's 95 % interval is above this.
+MIN_AUC = 0.6
+# At least so many positive and so many negative cases.
+MIN_CASES = 10
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How well P(yes) separates positive from negative cases.
+
+    auc: P(a positive case has the higher P(yes)), with its 95 % interval. threshold: the P(yes) of
+    the best balanced accuracy, 0.5 if the model is not reliable. cases: those with a verdict.
+    """
+
+    auc: float
+    low: float
+    high: float
+    threshold: float
+    cases: int
+
+    @property
+    def reliable(self) -> bool:
+        """Whether it is significantly better than chance."""
+        return self.low > MIN_AUC
+
+
+UNCALIBRATED = Calibration(auc=math.nan, low=1.0, high=1.0, threshold=0.5, cases=0)
+
+
+def calibrate(ps: list[float], truth: list[bool]) -> Calibration:
+    """AUC with Hanley and McNeil's interval (1982). With too few cases auc is NaN, not reliable."""
+    known = [(p, t) for p, t in zip(ps, truth) if not math.isnan(p)]
+    positive = [p for p, t in known if t]
+    negative = [p for p, t in known if not t]
+    n, m = len(positive), len(negative)
+    if min(n, m) < MIN_CASES:
+        return Calibration(math.nan, 0.0, 1.0, 0.5, len(known))
+    auc = sum((p > q) + 0.5 * (p == q) for p in positive for q in negative) / (n * m)
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (n - 1) * (q1 - auc**2) + (m - 1) * (q2 - auc**2)
+    margin = 1.96 * math.sqrt(variance / (n * m))
+
+    def balanced_accuracy(cut: float) -> float:
+        return sum(p >= cut for p in positive) / n + sum(p < cut for p in negative) / m
+
+    best = max(sorted({p for p, _ in known}), key=balanced_accuracy)
+    result = Calibration(auc, max(0.0, auc - margin), min(1.0, auc + margin), best, n + m)
+    return result if result.reliable else replace(result, threshold=0.5)

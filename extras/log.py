@@ -1,0 +1,314 @@
+"""log.py: what a run shows of itself: log.jsonl, a line per step, warnings, a table per turn.
+
+Every step appends one JSON row to log.jsonl. The table and samples.md are made from these rows.
+"""
+
+import importlib
+import json
+import math
+import statistics
+from collections import Counter
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from extras import data, evaluate, smollm2
+from extras.verifiers import category
+from judge import Verdict, parsed_constraints, satisfaction, uses_model
+
+LOGGERS = ("none", "wandb", "tensorboard", "trackio")
+# samples.md keeps the last ones of each turn and stage.
+MAX_SAMPLES = 6
+# So many steps in a row without an update print the reason.
+MAX_IDLE_STEPS = 3
+# Thresholds of the warnings.
+MAX_CUT, MAX_ZERO_STD, MAX_KL, MIN_LENGTH_RATIO, MAX_CATEGORY = 0.3, 0.8, 0.5, 0.5, 1 / 3
+# Reason for reward 0 or none -> the setting to change.
+FIXES = {
+    "answer cut off": "raise --max-new-tokens",
+    "answer empty": "try --no-think or another --model",
+    "no verdict": "try --filter rules, --hard-fraction 1 or --trust-judge",
+    "not relevant": "lower --relevance-gate",
+    "equal rewards": "raise --group-size or the temperature",
+}
+
+
+def no_reward_reason(sample) -> str:
+    """Why a proposal or an answer has reward 0 or none, or "equal rewards"."""
+    if sample.rejected:
+        return sample.rejected
+    if not sample.ended:
+        return "answer cut off"
+    if not sample.answer:
+        return "answer empty"
+    return "equal rewards" if satisfaction(sample.verdicts) is not None else "no verdict"
+
+
+def mean_r(samples: list) -> float | None:
+    """Mean r of the answers that have a verdict, None if none has."""
+    known = [r for r in (satisfaction(s.verdicts) for s in samples) if r is not None]
+    return statistics.fmean(known) if known else None
+
+
+def categories(questions: list) -> dict:
+    """Entropy in bits of the constraint categories, and the most frequent one."""
+    parsed = [p for q in questions for p in parsed_constraints(q)]
+    counts = Counter(category(p[0]) if p else "open" for p in parsed)
+    shares = {name: n / counts.total() for name, n in counts.items()}
+    top = max(shares, key=lambda name: (shares[name], name), default="")
+    entropy = -sum(p * math.log2(p) for p in shares.values()) + 0.0
+    return {"category_entropy": entropy, "top_category": top, "top_share": shares.get(top, 0.0)}
+
+
+def example(sample, reward: float | None) -> dict:
+    """An answer with its verdicts, for samples.md."""
+    verdicts = sample.verdicts or [Verdict(None, "none")] * len(sample.question.constraints)
+    rows = [(c, v.value, v.source) for c, v in zip(sample.question.constraints, verdicts)]
+    seed_question = sample.question.seed_question
+    answer = {"seed_question": seed_question, "answer": sample.answer, "reward": reward}
+    return {**answer, "constraints": rows}
+
+
+class Log:
+    """Builds and writes the rows of a run. Owns the progress bar and the external logger."""
+
+    def __init__(self, run):
+        self.path = run.folder / "log.jsonl"
+        self.rows = [row for _, row in data.read_jsonl(self.path)]
+        self.folder, self.cfg, self.heldout = run.folder, run.cfg, run.heldout
+        self.warned: set[str] = set()
+        self.external = external_logger(run.cfg)
+        total = 0
+        for turn in range(run.turn, run.cfg.turns + 1):
+            questions = run.num_questions if turn == run.turn else None
+            steps = run.num_steps("instructor", turn), run.num_steps("follower", turn, questions)
+            print("  turn {}: {} Instructor steps, q_T, {} Follower steps".format(turn, *steps))
+            total += sum(steps) + 2 + uses_model(run.cfg)
+        if run.cfg.model == smollm2.NAME:
+            print("  the embedded model shows the loop; README names models that learn more")
+        self.bar = tqdm(total=total, initial=run.done.total(), unit="step", dynamic_ncols=True)
+
+    # -------------------------------------------- rows
+    def instructor(self, proposals: list, answers: list, metrics: dict) -> dict:
+        """Row of an Instructor step. answers: the snapshot's, to the accepted proposals."""
+        samples = [s for group in proposals for s in group]
+        rejected = [s for s in samples if s.rejected]
+        accepted = [s for s in samples if not s.rejected]
+        reasons = Counter(map(no_reward_reason, answers + rejected))
+        return {
+            **step_row(samples, metrics, reasons),
+            "valid": len(accepted) / len(samples),
+            "snapshot_r": mean_r(answers),
+            "rejected": dict(Counter(s.rejected for s in rejected)),
+            **categories([s.question for s in accepted]),
+            "samples": [example(a, p.reward) for a, p in zip(answers[:2], accepted)],
+        }
+
+    def follower(self, answers: list, metrics: dict) -> dict:
+        """Row of a Follower step."""
+        samples = [s for group in answers for s in group]
+        missing = sum(s.reward is None for s in samples) / len(samples)
+        row = step_row(samples, metrics, Counter(map(no_reward_reason, samples)))
+        examples = [example(group[0], group[0].reward) for group in answers[:2]]
+        return {**row, "missing": missing, "samples": examples}
+
+    def questions(self, questions: list, rejected: Counter) -> dict:
+        """Row of q_T."""
+        acceptance = len(questions) / (len(questions) + rejected.total())
+        row = {"questions": len(questions), "acceptance": acceptance, "rejected": dict(rejected)}
+        return {**row, **categories(questions)}
+
+    def calibration(self, judge) -> dict:
+        """Row of the judge's calibration. Prints what follows from it."""
+        for name, result in (("Judger", judge.judger), ("Filter", judge.filter)):
+            auc = f"AUC {result.auc:.2f} ({result.low:.2f} to {result.high:.2f})"
+            if math.isnan(result.auc):
+                auc = "too few cases for an AUC"
+            verdict = "reliable" if result.reliable else "not reliable"
+            self.bar.write(f"{name}: {auc} on {result.cases} cases with known truth; {verdict}")
+        if not judge.trusts_model:
+            self.bar.write("no soft questions: no verdict would be known; see --trust-judge")
+        if judge.filter_mode != self.cfg.filter:
+            self.bar.write(f"the filter is {judge.filter_mode}")
+        return {"judger": vars(judge.judger), "filter": vars(judge.filter)}
+
+    def evaluation(self, figures: dict, base_answers: list) -> dict:
+        """Row of the end of a turn. base_answers: the base model's, to this turn's questions."""
+        return {**figures, "base_r_on_questions": mean_r(base_answers)}
+
+    # -------------------------------------------- output
+    def write(self, row: dict) -> None:
+        """Append a row, print its line and warnings; after an evaluation the table."""
+        line = data.to_jsonl([row])
+        data.append_text(self.path, line)
+        self.rows.append(json.loads(line))
+        self.bar.update()
+        self.bar.write(step_line(row))
+        for name, text in warnings(self.rows).items():
+            if name not in self.warned:
+                self.warned.add(name)
+                self.bar.write(f"warning: {text}")
+        if self.external:
+            numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+            self.external({f"{row['stage']}/{k}": v for k, v in numbers.items()}, len(self.rows))
+        if row["stage"] == "evaluation":
+            self.bar.write(turn_table(self.rows))
+            if self.heldout:
+                self.bar.write(evaluate.verdict_line(self.folder, row["turn"]))
+            write_samples(self.folder / "samples.md", self.rows)
+
+    def close(self) -> None:
+        """End the progress bar."""
+        self.bar.close()
+
+
+def external_logger(cfg):
+    """A function (numbers, step) for --logger, None for "none". InputError if not installed."""
+    if cfg.logger == "none":
+        return None
+    try:
+        if cfg.logger == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(cfg.out)
+            return lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]
+        module = importlib.import_module(cfg.logger)
+    except ImportError as error:
+        fix = f"pip install {cfg.logger}"
+        raise data.InputError(f"--logger {cfg.logger}: not installed ({error}); {fix}") from error
+    run = module.init(project="seif", name=cfg.out, config=vars(cfg))
+    return lambda row, step: run.log(row, step=step)
+
+
+def step_row(samples: list, metrics: dict, reasons: Counter) -> dict:
+    """The fields of both training stages."""
+    rewards = [s.reward for s in samples if s.reward is not None] or [math.nan]
+    if torch.cuda.is_available():
+        # The GPU's peak, else what the process holds now.
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = psutil.Process().memory_info().rss
+    return {
+        "reward": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "length": sum(len(s.tokens) for s in samples) / len(samples),
+        "cut": sum(not s.ended for s in samples) / len(samples),
+        "no_reward": dict(reasons),
+        "memory_mib": memory >> 20,
+        **metrics,
+    }
+
+
+def number(value: float | None, form: str) -> str:
+    """A formatted figure, "-" for None."""
+    return "-" if value is None or value != value else format(value, form)
+
+
+def step_line(row: dict) -> str:
+    """One line for a step, the important figures first."""
+    text = f"turn {row['turn']} {row['stage']} {row['step'] + 1}"
+    if "reward" in row:
+        text += f": reward {number(row['reward'], '.3f')}, kl {number(row.get('kl'), '.4f')}"
+        text += f", grad {number(row.get('grad_norm'), '.2f')}, length {row['length']:.0f}"
+        text += f", cut {row['cut']:.0%}, zero-variance {row['frac_reward_zero_std']:.0%}"
+        if "valid" in row:
+            text += f", valid {row['valid']:.0%}"
+    if "acceptance" in row:
+        text += f": {row['questions']} questions, {row['acceptance']:.0%} of attempts accepted"
+    if "heldout_follower" in row:
+        text += f": held-out {number(row['heldout_follower']['instruction_strict'], '.1%')}"
+    return f"{text}, {row['seconds']:.0f} s"
+
+
+def warnings(rows: list[dict]) -> dict[str, str]:
+    """What the last row and its stage show to be going wrong: name -> text, with the fix."""
+    row = rows[-1]
+    name = row["stage"]
+    if name == "questions" and row["top_share"] > MAX_CATEGORY:
+        share = f"{row['top_share']:.0%} of q_T's constraints are {row['top_category']}"
+        return {"category": f"{share}; raise --instructor-temperature or --few-shot"}
+    if "reward" not in row:
+        return {}
+    found = {}
+    stage = [r for r in rows if (r["turn"], r["stage"]) == (row["turn"], name)]
+    limit = "--max-new-tokens" if name == "follower" else "--max-proposal-tokens"
+    equal, kl = row["frac_reward_zero_std"], row.get("kl") or 0
+    if row["cut"] > MAX_CUT:
+        found["cut"] = f"{row['cut']:.0%} of the samples are cut off; raise {limit}"
+    if kl > MAX_KL:
+        found["kl"] = f"KL {kl:.2f} per token; lower --lr or raise --kl-coef"
+    if row["length"] < MIN_LENGTH_RATIO * stage[0]["length"]:
+        found["length"] = "samples are less than half as long as in the first step"
+    if equal > MAX_ZERO_STD and len(stage) > 1:
+        found["equal"] = f"{equal:.0%} of the groups have equal rewards; raise --group-size"
+    idle = 0
+    while idle < len(stage) and not stage[-1 - idle]["updates"] + stage[-1 - idle]["skipped"]:
+        idle += 1
+    if idle >= MAX_IDLE_STEPS:
+        reason, count = max(row["no_reward"].items(), key=lambda item: item[1])
+        share = f"{count / sum(row['no_reward'].values()):.0%} of the samples: {reason}"
+        fix = FIXES.get(reason, "raise --few-shot, change --filter, or use a larger --model")
+        found[f"idle {row['turn']}"] = f"{idle} steps without an update; {share}; {fix}"
+    return {f"{key} {name}": f"{name}: {text}" for key, text in found.items()}
+
+
+def turn_table(rows: list[dict]) -> str:
+    """One line per turn, and one for the base model."""
+    head = "turn  instr. reward  valid  accepted  q_T  base r   AUC  follower reward     kl"
+    lines = [head + "  held-out  log p  relevant  hacked  minutes"]
+    ends = [row for row in rows if row["stage"] == "evaluation"]
+    for end in ends[:1]:
+        lines.append(f"{'base':<{len(head)}}{heldout_cells(end['heldout_base'])}")
+    for end in ends:
+        mine = [row for row in rows if row["turn"] == end["turn"]]
+        instructor = [row for row in mine if row["stage"] == "instructor"]
+        follower = [row for row in mine if row["stage"] == "follower"]
+        made = next(row for row in mine if row["stage"] == "questions")
+        valid = statistics.fmean(r["valid"] for r in instructor) if instructor else None
+        auc = next((row["judger"]["auc"] for row in mine if "judger" in row), None)
+        kl = next((row["kl"] for row in reversed(follower) if "kl" in row), None)
+        lines.append(
+            f"{end['turn']:4}  {first_and_last(instructor):>13}  {number(valid, '.0%'):>5}"
+            f"  {made['acceptance']:>8.0%}  {made['questions']:>3}"
+            f"  {number(end['base_r_on_questions'], '.2f'):>6}  {number(auc, '.2f'):>4}"
+            f"  {first_and_last(follower):>15}  {number(kl, '.3f'):>5}"
+            f"{heldout_cells(end['heldout_follower'])}"
+            f"  {sum(row['seconds'] for row in mine) / 60:>7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def first_and_last(rows: list[dict]) -> str:
+    """The rewards of the first and the last step."""
+    ends = [number(rows[i]["reward"], ".2f") for i in (0, -1) if rows]
+    return " -> ".join(ends) or "-"
+
+
+def heldout_cells(figures: dict) -> str:
+    """Accuracy, log p per token, share of relevant answers, hack rate."""
+    cells = number(figures.get("instruction_strict"), ".1%").rjust(10)
+    cells += number(figures.get("logp"), ".2f").rjust(7)
+    cells += number(figures.get("relevance"), ".0%").rjust(10)
+    return cells + number(figures.get("hack_rate"), ".0%").rjust(8)
+
+
+def write_samples(path, rows: list[dict]) -> None:
+    """samples.md: the latest samples of each turn and stage."""
+    groups: dict[tuple, list] = {}
+    for row in rows:
+        groups.setdefault((row["turn"], row["stage"]), []).extend(row.get("samples", []))
+    lines = ["# Samples", "", "Verdicts: + satisfied, - not, ? none; the source in brackets."]
+    for (turn, stage), samples in groups.items():
+        lines += ["", f"## Turn {turn}, {stage}"] if samples else []
+        for sample in samples[-MAX_SAMPLES:]:
+            lines += [
+                "",
+                f"**{sample['seed_question']}** (reward {number(sample['reward'], '.2f')})",
+                "",
+            ]
+            for constraint, value, source in sample["constraints"]:
+                mark = {None: "?", 0.0: "-", 1.0: "+"}[value]
+                lines.append(f"- `{mark}` {constraint} ({source})")
+            lines += ["", *(f"    {line}" for line in sample["answer"].split("\n"))]
+    data.write_atomic(path, ("\n".join(lines) + "\n").encode())

