@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from extras.calibration import UNCALIBRATED, Calibration, calibrate
+from extras.calibration import UNCALIBRATED, Calibration, calibrate, with_contradiction
 from extras.constraint_parser import MAX_CONSTRAINT_CHARS, parse_constraint
 from extras.verifiers import (
     WORD,
@@ -138,19 +138,6 @@ def satisfaction(verdicts: list[Verdict]) -> float | None:
     """r: the mean of the known verdicts, None if there is none."""
     values = [v.value for v in verdicts if v.value is not None]
     return sum(values) / len(values) if values else None
-
-
-def with_contradiction(question: Question, pool: list[str]) -> Question | None:
-    """The question with one constraint replaced by a contradiction from the pool, if it has one."""
-    for i, constraint in enumerate(question.constraints):
-        kept = parse_constraint(constraint)
-        for other in pool:
-            clash = parse_constraint(other)
-            if kept and clash and find_contradiction([kept, clash]):
-                constraints = list(question.constraints)
-                constraints[(i + 1) % len(constraints)] = other
-                return replace(question, constraints=tuple(constraints))
-    return None
 
 
 # ------------------------------------------------------------ the two roles together

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from extras.chat_template import ChatTemplate
 from extras.data import InputError
-from extras.load_model import DTYPES, SAMPLE_PROMPTS, fast_dtype, load_model, lora_targets
+from extras.load_model import (
+    DTYPES,
+    SAMPLE_PROMPTS,
+    context_length,
+    fast_dtype,
+    load_model,
+    lora_targets,
+)
 from extras.packed import INVALID_TOKEN, sample_token
 from extras.self_check import try_create
 
@@ -211,13 +218,7 @@ class Policy:
     @property
     def context_length(self) -> float:
         """Tokens that the model can tell apart by position."""
-        config = self.model.config.get_text_config(decoder=True)
-        rope = getattr(config, "rope_parameters", None) or {}
-        length = getattr(config, "max_position_embeddings", math.inf)
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            # Beyond this length a token's rotation depends on the length of its row.
-            length = rope.get("original_max_position_embeddings", length)
-        return length
+        return context_length(self.model.config)
 
     def smoke_test(self) -> None:
         """Sample a token and score one: unsupported models fail here with a clear message."""

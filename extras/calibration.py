@@ -3,6 +3,10 @@
 import math
 from dataclasses import dataclass, replace
 
+from extras.constraint_parser import parse_constraint
+from extras.verifiers import find_contradiction
+from prompts import Question
+
 # The model is reliable as a judge if the lower end of its AUC's 95 % interval is above this.
 MIN_AUC = 0.6
 # At least so many positive and so many negative cases.
@@ -51,3 +55,16 @@ def calibrate(ps: list[float], truth: list[bool]) -> Calibration:
     best = max(sorted({p for p, _ in known}), key=balanced_accuracy)
     result = Calibration(auc, max(0.0, auc - margin), min(1.0, auc + margin), best, n + m)
     return result if result.reliable else replace(result, threshold=0.5)
+
+
+def with_contradiction(question: Question, pool: list[str]) -> Question | None:
+    """The question with one constraint replaced by a contradiction from the pool, if it has one."""
+    for i, constraint in enumerate(question.constraints):
+        kept = parse_constraint(constraint)
+        for other in pool:
+            clash = parse_constraint(other)
+            if kept and clash and find_contradiction([kept, clash]):
+                constraints = list(question.constraints)
+                constraints[(i + 1) % len(constraints)] = other
+                return replace(question, constraints=tuple(constraints))
+    return None

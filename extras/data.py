@@ -124,7 +124,8 @@ def _parquet_rows(path: Path) -> list[tuple[str, dict]]:
     except ImportError as error:
         raise InputError(f"{path}: needs pip install pandas pyarrow ({error})") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a parquet file ({error})") from error
+        raise InputError(f"{path}: not a .parquet file ({error})") from error
+    rows = [{str(name).strip().lower(): value for name, value in row.items()} for row in rows]
     return [(f"row {i}", row) for i, row in enumerate(rows, 1)]
 
 

@@ -135,3 +135,14 @@ def lora_targets(model, rank: int) -> tuple[list[str], dict[str, int]]:
         else:
             targets.append(name)
     return targets, left_out
+
+
+def context_length(config) -> float:
+    """Tokens that a model can tell apart by position."""
+    config = config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    length = getattr(config, "max_position_embeddings", math.inf)
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        # Beyond this length a token's rotation depends on the length of its row.
+        length = rope.get("original_max_position_embeddings", length)
+    return length

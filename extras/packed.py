@@ -14,10 +14,10 @@ for which that does not hold is served by the plain engine. Left out: paged atte
 fixed length), custom kernels, hand-written backward passes. Nothing here knows of roles or LoRA.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -299,7 +299,8 @@ class Sampler:
     def _prefill(self, prompts: list) -> Iterator[tuple]:
         """Yields (sample, its first token, the prefilled row's cache, the prompt's columns)."""
         for row, cache, hidden in self.engine.prefill(prompts):
-            share = row.prefix >= MIN_SHARED_PREFIX and self.engine.shares_prefix
+            share = row.prefix >= MIN_SHARED_PREFIX
+            share = share and self.longest <= self.engine.max_sharing_length
             self.shared = row.prefix if share else 0
             for i, path in zip(row.members, row.paths):
                 logits = self.engine.head.logits(hidden[path[-1]]).repeat(self.n, 1)
@@ -335,9 +336,8 @@ class Sampler:
         self.cache = SlotCache(slots, columns, like)
         self.shared_prefix = like.prefix if self.shared else None
         # Per slot: which sample, how many of its tokens are sampled, the last of them.
-        self.sample, self.count, self.token = torch.zeros(
-            3, slots, dtype=torch.long, device=self.engine.device
-        )
+        self.state = torch.zeros(3, slots, dtype=torch.long, device=self.engine.device)
+        self.sample, self.count, self.token = self.state
         self.sample.fill_(self.idle)
 
     def _is_eos(self, token: Tensor) -> Tensor:
@@ -388,7 +388,10 @@ class Sampler:
 
     def evict(self) -> None:
         """Replace finished samples by waiting ones, else by the last slot in use."""
-        finished = self.finished[self.sample[: len(self.lengths)]].tolist()
+        flags = self.finished[self.sample[: len(self.lengths)]].tolist()
+        # A slot that is full has overrun: a broken CUDA graph sets no flags.
+        full = self.cache.kv[0][0].shape[2]
+        finished = [flag or n >= full for flag, n in zip(flags, self.lengths)]
         # From the back: a sample that moves forward has been checked.
         for slot in reversed(range(len(finished))):
             if not finished[slot] or self._admit(slot):
@@ -396,8 +399,7 @@ class Sampler:
             last = len(self.lengths) - 1
             if slot != last:
                 self.cache.move(last, slot)
-                for state in (self.sample, self.count, self.token):
-                    state[slot] = state[last]
+                self.state[:, slot] = self.state[:, last]
                 self.lengths[slot] = self.lengths[last]
             self.lengths.pop()
         # A graph may serve more slots than are in use.
@@ -444,8 +446,10 @@ class PackedEngine:
         window = getattr(config, "sliding_window", None)
         kinds = layer_kinds(config)
         self.windows = {kind: None if kind == "full_attention" else window for kind in kinds}
-        packed = config._attn_implementation == "packed"
-        self.shares_prefix = packed and not any(self.windows.values())
+        # Samples up to this length may share a prefix: no window ends within them.
+        self.max_sharing_length = min((w for w in self.windows.values() if w), default=math.inf)
+        if config._attn_implementation != "packed":
+            self.max_sharing_length = 0
         # Decode steps are captured as CUDA graphs. try_create() decides.
         self.cuda_graph = False
         self.graph_pool = None
@@ -481,9 +485,9 @@ class PackedEngine:
         out = torch.empty(len(prompts), len(tokens))
         for row, _, hidden in self.prefill(prompts):
             last = torch.tensor([int(path[-1]) for path in row.paths], device=self.device)
-            chunks = hidden[last].split(self.head.chunk)
-            probabilities = [self.head.logits(h).softmax(-1)[:, tokens] for h in chunks]
-            out[row.members] = torch.cat(probabilities).cpu()
+            members, chunk = torch.tensor(row.members), self.head.chunk
+            for i, h in zip(members.split(chunk), hidden[last].split(chunk)):
+                out[i] = self.head.logits(h).softmax(-1)[:, tokens].cpu()
         return out
 
     # -------------------------------------------- forward passes
@@ -514,11 +518,14 @@ class PackedEngine:
             layer._gradient_checkpointing_func = recompute_layer
         columns = np.concatenate([np.arange(row.prefix), row.position_ids])
         distance = row.position_ids[:, None] - columns
-        masks = self._masks(*(torch.from_numpy(x).to(self.device) for x in (row.mask(), distance)))
+        visible, distance, tokens, position_ids = (
+            torch.from_numpy(x).to(self.device)[None]
+            for x in (row.mask(), distance, row.tokens, row.position_ids)
+        )
         out = self.decoder(
-            input_ids=torch.from_numpy(row.tokens).to(self.device)[None],
-            position_ids=torch.from_numpy(row.position_ids).to(self.device)[None],
-            attention_mask=masks,
+            input_ids=tokens,
+            position_ids=position_ids,
+            attention_mask=self._masks(visible, distance),
             cache=cache,
             use_cache=cache is not None,
         )
@@ -530,16 +537,12 @@ class PackedEngine:
         return self._masks(distance >= 0, distance)
 
     def _masks(self, visible: Tensor, distance: Tensor):
-        """(..., Q, K) bool and positions apart -> an additive 4-D mask, or one per attention kind.
-
-        A batch of rows gives (B, 1, Q, K), a single one (1, 1, Q, K).
-        """
+        """(B, Q, K) bool, (B, Q, K) positions apart -> additive (B, 1, Q, K), or one per kind."""
         masks = {}
         for kind, window in self.windows.items():
             seen = visible & (distance < window) if window else visible
             zeros = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
-            mask = zeros.masked_fill_(~seen, -torch.inf)
-            masks[kind] = mask[:, None] if mask.dim() == 3 else mask[None, None]
+            masks[kind] = zeros.masked_fill_(~seen, -torch.inf)[:, None]
         # Models of one kind take the mask itself, others a dict by kind.
         return masks if len(masks) > 1 else masks.popitem()[1]
 
@@ -547,7 +550,8 @@ class PackedEngine:
     def memory_limit(self) -> float:
         """Bytes for keys and values while sampling, and for activations while training."""
         if not self.cuda:
-            return min(CPU_MEMORY_MIB * 2**20, 0.25 * psutil.virtual_memory().available)
+            # Not what is free: the number of slots must not differ when a run is resumed.
+            return CPU_MEMORY_MIB * 2**20
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return GPU_MEMORY_SHARE * (torch.cuda.mem_get_info(self.device)[0] + unused)
 
@@ -589,8 +593,5 @@ def recompute_layer(forward, *args):
 def layer_kinds(config) -> list[str]:
     """The kinds of attention in a model."""
     kinds = getattr(config, "layer_types", None)
-    if not kinds:
-        kinds = [
-            "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-        ]
-    return list(dict.fromkeys(kinds))
+    window = getattr(config, "sliding_window", None)
+    return list(dict.fromkeys(kinds or ["sliding_attention" if window else "full_attention"]))

@@ -20,46 +20,44 @@ GRAPHS_ARE_SAFE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 def try_create(model, eos: set[int], texts: list[list[int]], **limits) -> "PackedEngine | None":
     """The engine if it reproduces this model's logits, else None and one printed line.
 
-    texts: token ids of two real prompts with a common prefix. Two checks: masks, positions and
-    caches in fp32 on a twin of few layers with random weights, tight; then the model itself in its
-    own type on real text, within the rounding noise between its eager and its sdpa kernels.
+    texts: token ids of two real prompts with a common prefix. limits: token_budget, slots.
     """
     decoder, config = model.get_decoder(), model.config.get_text_config(decoder=True)
     before, reason = config._attn_implementation, ""
-    # eager serves what sdpa cannot compute: softcaps and sinks.
-    for attention in ("packed", "eager"):
-        try:
+    try:
+        exact = [plain_logits(model, ids, "eager") for ids in texts]
+        limit = rounding_noise(model, exact, texts)
+        # eager serves what the packed attention cannot compute: softcaps and sinks.
+        for attention in ("packed", "eager"):
             reason = twin_error(decoder, config, attention)
             if not reason:
-                return _checked(model, decoder, config, attention, eos, texts, limits)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+                model.set_attn_implementation(attention)
+                fuse_norms(decoder)
+                head = model.get_output_embeddings()
+                engine = PackedEngine(decoder, head, config, eos, **limits)
+                off = mean_difference(exact, row_logits(engine, texts))
+                reason = f"logits off by {off:.3g} in the mean, rounding explains {limit:.3g}"
+                # A NaN is not <= limit.
+                if off <= limit:
+                    engine.cuda_graph = engine.cuda and GRAPHS_ARE_SAFE
+                    engine.cuda_graph = engine.cuda_graph and graphs_work(engine, texts)
+                    return engine
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
     print(f"  plain engine, slower: packing is not exact for this model ({reason})")
     model.set_attn_implementation(before)
     return None
 
 
-def _checked(model, decoder, config, attention, eos, texts, limits) -> "PackedEngine":
-    """The engine, after the check on the model itself. ValueError if it fails."""
-    exact = [plain_logits(model, ids, "eager") for ids in texts]
-    # How far rounding alone goes.
+def rounding_noise(model, exact: list[Tensor], texts: list[list[int]]) -> float:
+    """The mean difference of logits that rounding explains: 1.5 times that of eager and sdpa."""
     noise = 0.0
     if model._supports_sdpa:
         noise = mean_difference(exact, [plain_logits(model, ids, "sdpa") for ids in texts])
-    model.set_attn_implementation(attention)
-    fuse_norms(decoder)
-    engine = PackedEngine(decoder, model.get_output_embeddings(), config, eos, **limits)
     size = torch.cat(exact).abs().mean().item()
-    limit = max(1.5 * noise, 0.25 * math.sqrt(torch.finfo(engine.dtype).eps) * size)
-    off = mean_difference(exact, row_logits(engine, texts))
-    # subtle: not (off <= limit), so that a NaN fails.
-    if not off <= limit:
-        raise ValueError(f"logits off by {off:.3g} in the mean, rounding explains {limit:.3g}")
-    if engine.cuda and GRAPHS_ARE_SAFE:
-        engine.cuda_graph = graphs_work(engine, texts)
-    return engine
+    return max(1.5 * noise, 0.25 * math.sqrt(torch.finfo(model.dtype).eps) * size)
 
 
 @torch.no_grad()

@@ -48,8 +48,6 @@ READABLE = [
 
 @pytest.mark.parametrize("name, content, questions", READABLE)
 def test_seed_questions_from_json_lines_text_and_csv(tmp_path, name, content, questions):
-    if name != "a.txt":
-        pytest.importorskip("pandas")
     (tmp_path / name).write_bytes(content.encode())
     assert READ_SEEDS(tmp_path / name) == questions
 
@@ -65,12 +63,11 @@ def test_parquet(tmp_path):
         READ_SEEDS(path)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
-def test_tables_without_pandas_are_an_error_with_the_pip_command(tmp_path, monkeypatch, name):
+def test_parquet_without_pandas_is_an_error_with_the_pip_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    (tmp_path / name).write_text("prompt\nx\n")
-    with pytest.raises(InputError, match=f"{name}: needs pip install pandas pyarrow"):
-        READ_SEEDS(tmp_path / name)
+    (tmp_path / "a.parquet").write_text("PAR1")
+    with pytest.raises(InputError, match="a.parquet: needs pip install pandas pyarrow"):
+        READ_SEEDS(tmp_path / "a.parquet")
 
 
 ERRORS = [
@@ -100,8 +97,7 @@ ERRORS = [
     ("seeds.csv", "id,text\n1,x\n", "line 1: no header; needs a text under"),
     ("seeds.csv", 'prompt\n"Hello, he said\nWhat is up?\n', "line 3: not CSV .*; close quotes"),
     ("seeds.csv", 'prompt,id\n"a\nb",1\n\n,3\n', "line 5: needs a text"),
-    ("seeds.csv", "prompt,id\nx,1\nNaN,2\n", "line 3: needs a text"),
-    ("seeds.csv", "prompt\n12\n", "line 2: needs a text"),
+    ("seeds.csv", "prompt,id\nx,1\n,2\n", "line 3: needs a text"),
     ("seeds.parquet", "PAR1", "not a .parquet file"),
 ]
 
@@ -109,7 +105,7 @@ ERRORS = [
 @pytest.mark.parametrize("name, content, message", ERRORS)
 def test_errors_name_file_line_and_fix(tmp_path, name, content, message):
     path = tmp_path / name
-    if path.suffix in (".csv", ".parquet"):
+    if path.suffix == ".parquet":
         pytest.importorskip("pandas")
         pytest.importorskip("pyarrow")
     if content is not None:

@@ -149,9 +149,8 @@ def test_the_base_model_is_measured_once_and_on_the_same_rows(finished):
     records = rows_of(finished / "turn2" / "heldout.jsonl")
     relevant = [r["pmi"] is not None and r["pmi"] > base["threshold"] for r in records]
     assert ends[1]["heldout_follower"]["relevance"] == np.mean(relevant)
-    run = types.SimpleNamespace(folder=finished, heldout=[], policy=None, cfg=None, turn=2)
     with pytest.raises(data.InputError, match="heldout_base.jsonl: has other rows"):
-        evaluate.evaluate_turn(run)
+        evaluate.check_heldout(finished, [])
 
 
 def test_open_run_names_what_is_missing(finished, tmp_path, capsys):

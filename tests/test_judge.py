@@ -5,8 +5,8 @@ import math
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ import rl
 import seif
 from extras import calibration, data, verifiers
 from extras.calibration import Calibration, calibrate
-from judge import Judge, Question, Verdict, check, parse_constraint, rule_filter
+from judge import Question, Verdict, parse_constraint, rule_filter
 from prompts import NUM_CONSTRAINTS, extract_answer, few_shot_examples, parse_proposal
 
 SEED = "Why is the sky blue in summer?"
@@ -26,22 +26,19 @@ FRUIT = Question("Name a fruit.", "soft", ("Use no commas.", "Use a formal tone.
 ECHO = FRUIT.instruction
 YES, NO, NONE = Verdict(1.0, "rule"), Verdict(0.0, "rule"), Verdict(None, "judger")
 RELIABLE = Calibration(auc=0.9, low=0.8, high=1.0, threshold=0.3, cases=64)
-UNRELIABLE = Calibration(auc=0.5, low=0.4, high=0.6, threshold=0.5, cases=64)
-GOOD = '{"c1": "a", "c2": "b", "c3": "c"}'
+CHANCE = Calibration(auc=0.5, low=0.4, high=0.6, threshold=0.5, cases=64)
 # fmt: off
+GOOD = '{"c1": "a", "c2": "b", "c3": "c"}'
 PROPOSALS = [
     (GOOD, "a b c"), (f"```json\n{GOOD}\n```", "a b c"), (f"{{not json}} {GOOD} ok {{}}", "a b c"),
-    ('{"c1": " a\\n", "c2": "b", "c3": "c"}', "a b c"),
+    ('{"c1": " a\\n", "c2": "b", "c3": "c"}', "a b c"), ('{"a":' * 5000, "no json"),
     # Quotes inside a value that are not escaped.
     ('{"c1": "x "sun" y", "c2": "end "bye".", "c3": "c"} more', 'x "sun" y end "bye". c'),
     ('{"c1": "a "x" b", "c2": "b", "d1": "y "z"", "c3": "c"}', "no json"),
-    ('{"c1": "a "x" b", "c2": "b", "c3": "c", "c4": "d"}', "no json"),
-    ('{"c1": "a", "c1": "b", "c2": "b", "c3": "c"}', "no json"),
-    ('{"c1": "a", "c2": "b", "c3": "c"', "no json"), ('{"a":' * 5000, "no json"),
+    ('{"c1": "a", "c1": "b", "c2": "b", "c3": "c"}', "no json"), (GOOD[:-1], "no json"),
     ('{"c1": "a", "c2": "b"}', "wrong keys"), ('{"c1": "a", "c3": "b", "c2": "c"}', "wrong keys"),
-    ('{"c1": "a", "c2": "b", "c3": 3}', "not text"),
-    ('{"c1": "a", "c2": " ", "c3": "c"}', "not text"),
-    ('{"c1": "a", "c2": "\\ud83d", "c3": "c"}', "not text"),
+    (GOOD.replace('"c"', "3"), "not text"), (GOOD.replace('"c"', '" "'), "not text"),
+    (GOOD.replace('"c"', '"\\ud83d"'), "not text"),
 ]
 # Reason, constraints, arguments of rule_filter().
 FILTER = [
@@ -49,46 +46,33 @@ FILTER = [
     ("duplicate", ["Answer with at most 20 words.", "answer with at most 20 words"], {}),
     ("contradiction", ["Answer with at least 40 words.", "Do not use more than 30 words."], {}),
     ("words not named", ["Do not use the forbidden words.", "Use no commas."], {}),
-    ("restates the seed question", [SEED, "Use no commas."], {}),
+    ("restates the seed question", [SEED, "Use no commas."], {}), ("too long", ["y" * 400], {}),
     ("over the token limit", ["Answer with at least 500 words."], {}),
-    ("too long", ["y" * 400, "Use no commas."], {}),
     ("same category twice", ["Include the word 'sun'.", "Include the word 'sea'."], {}),
     ("", ["Answer with at most 4 words."], {"min_words": 4}),
     ("no room for an answer", ["Answer with at most 4 words."], {"min_words": 5}),
-    ("", ["Use a formal tone.", "Use no commas."], {}),
-    ("no verifier", ["Use a formal tone.", "Use no commas."], {"checkable": True}),
+    ("", ["Be kind."], {}), ("no verifier", ["Be kind.", "Use no commas."], {"checkable": True}),
 ]
-# P(yes) of the model -> reasons: sound, not sound, no verdict, duplicate, no JSON.
+# Reasons to reject: sound, P(yes) below the threshold, no verdict, duplicate, no JSON.
 ACCEPT = {
-    "llm": ([0.3, 0.29, math.nan], ["", "rejected by the model", "", "duplicate", "no json"]),
-    "code": ([], ["", "", "", "duplicate", "no json"]),
-    "rules": ([], ["no verifier", "no verifier", "no verifier", "duplicate", "no json"]),
-    "off": ([], ["", "", "", "", "no json"]),
+    "llm": ["", "rejected by the model", "", "duplicate", "no json"],
+    "code": ["", "", "", "duplicate", "no json"],
+    "rules": ["no verifier", "no verifier", "no verifier", "duplicate", "no json"],
+    "off": ["", "", "", "", "no json"],
 }
-# Settings, calibration of the Judger and the Filter -> trusts_model, filter_mode.
-MODES = [
-    ({"hard_fraction": 1.0}, RELIABLE, RELIABLE, False, "rules"),
-    ({"filter": "llm"}, RELIABLE, RELIABLE, True, "llm"),
-    ({"filter": "llm"}, RELIABLE, UNRELIABLE, True, "code"),
-    ({"filter": "llm"}, UNRELIABLE, RELIABLE, False, "rules"),
-    ({"filter": "llm", "trust_judge": True}, UNRELIABLE, RELIABLE, True, "llm"),
-    ({"filter": "code", "judge": "llm"}, UNRELIABLE, UNRELIABLE, True, "code"),
-    ({"filter": "off"}, UNRELIABLE, UNRELIABLE, False, "off"),
-]
 ANSWERS = [
     ("<think>hm</think><answer>ok</answer>", True, "ok"), ("<answer>ok</answer>", True, ""),
     (" <think>a\nb</think>\n<answer> ok </answer>\n", True, "ok"),
     ("<think>hm</think><answer>ok", True, ""), ("<think>a</think> so <answer>b</answer>", True, ""),
     ("<think><answer>no</answer></think><answer>ok</answer>", True, ""),
-    ("<think>hm</think><answer>a</answer><answer>b</answer>", True, ""),
-    (" ok\n", False, "ok"), ("a thought</think>\n\nok", False, "ok"),
-    ("<answer>ok</answer>", False, "<answer>ok</answer>"),
+    ("<think>hm</think><answer>a</answer><answer>b</answer>", True, ""), (" ok\n", False, "ok"),
+    ("a thought</think>\n\nok", False, "ok"), ("<answer>ok</answer>", False, "<answer>ok</answer>"),
 ]
 # Answer, whether it ended, its verdicts, the Follower's reward. Echoes of the instruction get 0.
 REWARDS = [
     ("fig", True, [YES, NO], 0.5), ("fig", True, [YES, NONE], 1), ("fig", True, [NONE], None),
-    ("", True, [], 0), ("fig", False, [], 0), (ECHO, True, [YES], 0), (ECHO + " Ok.", True, [YES], 0),
-    ("name a fruit", True, [YES], 0), ("Be kind.\nName a fruit!", True, [YES], 0),
+    ("", True, [], 0), ("fig", False, [], 0), (ECHO, True, [YES], 0),
+    (ECHO + " Ok.", True, [YES], 0), ("Be kind.\nname a fruit!", True, [YES], 0),
     (ECHO + "\nThis is my answer.", True, [YES], 1),
 ]
 # fmt: on
@@ -102,42 +86,24 @@ def sample(text: str, question: Question = FRUIT, ended: bool = True, **fields) 
     return rl.Sample([], [], text, ended, question, answer=text, **fields)
 
 
-class Oracle:
-    """An `ask` that returns the next values of a list, and records its calls."""
-
-    def __init__(self, *values: float):
-        self.values, self.calls = list(values), []
-
-    def __call__(self, prompts: list[list[dict]]) -> list[float]:
-        self.calls.append([messages[-1]["content"] for messages in prompts])
-        return [self.values.pop(0) for _ in prompts]
+def make_judge(ask=None, judger=RELIABLE, filter_=RELIABLE, **settings) -> judge.Judge:
+    ours = judge.Judge(seif.Config(**{"hard_fraction": 0.5, **settings}), ask)
+    ours.judger, ours.filter = judger, filter_
+    return ours
 
 
-def make_judge(ask=None, judger=RELIABLE, filter_=RELIABLE, **settings) -> Judge:
-    result = Judge(seif.Config(**{"hard_fraction": 0.5, "min_words": 0, **settings}), ask)
-    result.judger, result.filter = judger, filter_
-    return result
-
-
-# ------------------------------------------------------------ proposals and Filter
 @pytest.mark.parametrize("text, result", PROPOSALS, ids=[repr(t[:40]) for t, _ in PROPOSALS])
 def test_a_proposal_parses_or_has_a_reason(text, result):
     constraints, reason = parse_proposal(text, 3)
     assert (reason or " ".join(constraints)) == result and len(constraints) in (0, 3)
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.text(max_size=300))
-def test_no_text_raises_and_twenty_thousand_characters_take_no_time(text):
-    pieces = ("{", '{"c1": "', '", "c2": "', "<think>", "Say hi.\n", "forbidden words ")
-    for text in [text, *(piece * (20_000 // len(piece)) for piece in pieces)]:
-        start = time.process_time()
-        question = Question("Say hi.", "soft", (text, text + "?"))
-        parse_proposal(text, 3)
-        extract_answer(text, think=True)
-        judge.is_echo(question, text)
-        rule_filter(question, 128)
-        assert time.process_time() - start < 1, text[:20]
+@settings(max_examples=20, deadline=5_000)
+@given(st.text(max_size=300), st.sampled_from(["{", '", "c2": "', "<think>", "Say hi.\n"]))
+def test_no_text_raises_and_a_long_one_takes_no_time(short, piece):
+    for text in (short, piece * 3_000, '{"c1": "' + piece * 3_000):
+        parse_proposal(text, 3), extract_answer(text, think=True), judge.is_echo(FRUIT, text)
+        rule_filter(Question("Say hi.", "soft", (text, text + "?")), 128)
 
 
 @pytest.mark.parametrize("reason, constraints, settings", FILTER)
@@ -147,51 +113,43 @@ def test_rule_filter_gives_the_reason(reason, constraints, settings):
         assert rule_filter(Question(SEED, "soft", tuple(constraints)), 128, **settings) == ""
 
 
-@pytest.mark.parametrize("mode", ACCEPT)
-def test_accept_asks_the_model_only_after_the_code(mode):
-    values, reasons = ACCEPT[mode]
+@pytest.mark.parametrize("mode, reasons", ACCEPT.items())
+def test_accept_asks_the_model_only_after_the_code(mode, reasons):
     rows = [["Use no commas.", "Include the word 'ripe'.", "Be kind."]] * 3 + [["Hm.", "hm", "x"]]
     texts = [json.dumps({f"c{i}": c for i, c in enumerate(row, 1)}) for row in rows]
     proposals = [sample(text, hard()) for text in [*texts, "no JSON"]]
-    ask = Oracle(*values)
+    ask = Mock(return_value=[0.3, 0.29, math.nan])
     ours = make_judge(ask, filter=mode)
     accepted = ours.accept(proposals)
     assert [s.rejected for s in proposals] == reasons
     assert accepted == [s for s in proposals if not s.rejected]
-    assert [s.question for s in accepted[:3]] == [hard(*rows[0])] * len(accepted[:3])
-    assert len(ask.calls) == bool(values) and not ask.values
-    assert all(SEED in text and "Be kind." in text for call in ask.calls for text in call)
-    assert ours.accept([]) == []
+    assert all(s.question == hard(*rows[0]) for s in accepted[:3])
+    assert [len(call.args[0]) for call in ask.call_args_list] == ([3] if mode == "llm" else [])
     ours.fits = lambda question: len(question.instruction) < 20
-    ours.accept([last := sample(texts[0], hard())])
+    assert ours.accept([]) == ours.accept([last := sample(texts[0], hard())]) == []
     assert last.rejected == "over --max-prompt-tokens"
 
 
-@pytest.mark.parametrize("settings, judger, filter_, trusts, mode", MODES)
-def test_code_replaces_a_model_that_is_not_reliable(settings, judger, filter_, trusts, mode):
-    ours = make_judge(None, judger, filter_, **settings)
-    assert (ours.trusts_model, ours.filter_mode) == (trusts, mode)
+MODES = [(RELIABLE, RELIABLE, "llm"), (RELIABLE, CHANCE, "code"), (CHANCE, RELIABLE, "rules")]
 
 
-# ------------------------------------------------------------ verdicts
+@pytest.mark.parametrize("judger, filter_, mode", MODES)
+def test_code_replaces_a_model_that_is_not_reliable(judger, filter_, mode):
+    assert make_judge(None, judger, filter_, filter="llm").filter_mode == mode
+    assert make_judge(None, judger, filter_, filter="llm", trust_judge=True).trusts_model
+
+
 def test_hybrid_asks_the_model_once_and_only_where_no_verifier_decides():
-    ask = Oracle(0.9, math.nan, 0.2, 0.5)
+    ask = Mock(return_value=[0.9, math.nan, 0.2, 0.5])
     pairs = [(FRUIT, "apple, pear"), (hard("Use no commas."), "a"), (FRUIT, "fig")]
     first, second, third = judge.verdicts(pairs, ask)
     assert first == [NO, Verdict(1.0, "judger"), NONE] and second == [YES]
     assert third == [YES, Verdict(0.0, "judger"), Verdict(1.0, "judger")]
-    [[text, *_]] = ask.calls
+    text = ask.call_args.args[0][0][-1]["content"]
     assert ECHO in text and "\napple, pear\n" in text and "check: Use a formal tone." in text
     # No call without an open constraint, no verdict without a model.
     assert judge.verdicts(pairs[1:2], ask) == [[YES]] and judge.verdicts([], ask) == []
-    assert judge.verdicts(pairs[:1], None)[0][1] == Verdict(None, "none") and len(ask.calls) == 1
-
-
-def test_llm_mode_asks_the_model_for_every_verdict():
-    ask = Oracle(0.9, 0.2, 0.3, 0.1, 0.8, 0.29)
-    table = judge.verdicts([(FRUIT, "apple, pear"), (FRUIT, "fig")], ask, "llm", threshold=0.3)
-    assert [[v.value for v in row] for row in table] == [[1, 0, 1], [0, 1, 0]]
-    assert {v.source for row in table for v in row} == {"judger"} and len(ask.calls) == 1
+    assert judge.verdicts(pairs[:1], None)[0][1] == Verdict(None, "none") and ask.call_count == 1
 
 
 def test_a_question_may_bring_its_own_verifiers(monkeypatch):
@@ -205,18 +163,21 @@ def test_a_question_may_bring_its_own_verifiers(monkeypatch):
     assert judge.verdicts([(ours, "education"), (ours, "a, b")], None) == [[YES] * 2, [NO] * 2]
     # Of IFEval's, one depends on the seed question.
     repeat = hard("First repeat the request word for word without change, then give your answer.")
-    assert judge.verdicts([(repeat, SEED + " Hm."), (repeat, "Hm.")], None) == [[YES], [NO]]
+    assert judge.verdicts([(repeat, f"{SEED} Hm"), (repeat, "Hm")], None) == [[YES], [NO]]
 
 
 def test_score_judges_complete_answers_only():
-    samples = [sample(""), sample("fig", ended=False), sample("</think> fig")]
-    ask = Oracle(0.3, 0.29)
+    samples = [sample(""), sample("fig", ended=False), sample("</think> fig, pear")]
+    values = lambda: [[v.value for v in s.verdicts] for s in samples]
+    ask = Mock(side_effect=[[0.3, 0.29], [0.9, 0.9, 0.1]])
     make_judge(ask).score(samples)
-    assert [s.answer for s in samples] == ["", "fig", "fig"]
-    assert [[v.value for v in s.verdicts] for s in samples] == [[], [], [1, 1, 0]]
+    assert values() == [[], [], [0, 1, 0]] and samples[2].answer == "fig, pear"
+    # As in the paper, the model decides everything.
+    make_judge(ask, judge="llm").score(samples)
+    assert values() == [[], [], [1, 1, 0]]
     # A model that is not reliable is not asked.
-    make_judge(ask, judger=UNRELIABLE).score(samples)
-    assert [v.value for v in samples[2].verdicts] == [1, None, None] and len(ask.calls) == 1
+    make_judge(ask, CHANCE).score(samples)
+    assert values() == [[], [], [0, None, None]] and ask.call_count == 2
 
 
 @pytest.mark.parametrize("text, think, answer", ANSWERS)
@@ -240,18 +201,7 @@ def test_instructor_reward_of_what_the_snapshot_fails(shape, rewards):
     assert [s.reward for s in proposals] == [0, *rewards, 0, None]
 
 
-# ------------------------------------------------------------ calibration
-def test_the_interval_is_hanleys_and_mcneils(monkeypatch):
-    """By hand, for an AUC of 3/4 of 2 x 2 cases: Q1 = 0.6, Q2 = 0.642857."""
-    monkeypatch.setattr(calibration, "MIN_CASES", 1)
-    result = calibrate([0.9, 0.3, math.nan, 0.5, 0.1], [True, True, True, False, False])
-    variance = 0.75 * 0.25 + (0.6 - 0.75**2) + (2 * 0.75**2 / 1.75 - 0.75**2)
-    assert (result.auc, result.high, result.cases) == (0.75, 1.0, 4)
-    assert result.low == pytest.approx(0.75 - 1.96 * math.sqrt(variance / 4))
-    assert not result.reliable and result.threshold == 0.5
-
-
-def test_reliable_means_significantly_better_than_chance():
+def test_reliable_means_significantly_better_than_chance(monkeypatch):
     rng, truth = random.Random(0), [True, False] * 64
     useful = [t * 0.5 + rng.random() for t in truth]
     assert calibrate(useful, truth).reliable
@@ -259,26 +209,27 @@ def test_reliable_means_significantly_better_than_chance():
     assert not calibrate([rng.random() for _ in truth], truth).reliable
     assert calibrate([0.3, 0.2, 0.1] * 10, [True, True, False] * 10).threshold == 0.2
     # Too few cases of one kind, however well they are separated.
-    for positive, negative in ((0, 0), (100, 9), (9, 100)):
-        truth = [True] * positive + [False] * negative
+    for truth in ([], [True] * 100 + [False] * 9, [True] * 9 + [False] * 100):
         result = calibrate([float(t) for t in truth], truth)
         assert not result.reliable and math.isnan(result.auc)
+    # Hanley and McNeil's interval by hand: AUC = 3/4 of 2 x 2 cases, Q1 = 0.6, Q2 = 0.642857.
+    monkeypatch.setattr(calibration, "MIN_CASES", 1)
+    result = calibrate([0.9, 0.3, math.nan, 0.5, 0.1], [True, True, True, False, False])
+    variance = 0.75 * 0.25 + (0.6 - 0.75**2) + (0.642857 - 0.75**2)
+    assert (result.auc, result.high, result.cases, result.threshold) == (0.75, 1.0, 4, 0.5)
+    assert result.low == pytest.approx(0.75 - 1.96 * math.sqrt(variance / 4), rel=1e-4)
 
 
 def test_the_judge_is_calibrated_on_balanced_cases_with_known_truth():
     """16 answers satisfy, 32 do not. "Be kind." has no verifier and is no case."""
-    calls, examples = [], few_shot_examples("hard")
-
-    def ask(prompts: list) -> list[float]:
-        calls.append([messages[-1]["content"] for messages in prompts])
-        return [0.1 if "\na, b\n" in text else 0.9 for text in calls[-1]]
-
-    ours, question = make_judge(ask, filter="llm"), hard("Use no commas.", "Be kind.")
-    samples = [sample(text, question) for text in ["a", "a, b", "a, b"] * 16]
-    ours.calibrate(samples, examples, max_cases=24)
-    assert ours.judger.auc == 1 and ours.judger.cases == 24 == len(calls[0])
-    assert sum("\na, b\n" in text for text in calls[0]) == 12
-    assert not any("check: Be kind." in text for text in calls[0])
+    examples, question = few_shot_examples("hard"), hard("Use no commas.", "Be kind.")
+    ask = Mock(side_effect=lambda ps: [0.1 if "\na, b\n" in p[0]["content"] else 0.9 for p in ps])
+    ours = make_judge(ask, filter="llm")
+    ours.calibrate([sample(text, question) for text in ["a", "a, b", "a, b"] * 16], examples, 24)
+    judged = [messages[0]["content"] for messages in ask.call_args_list[0].args[0]]
+    assert ours.judger.auc == 1 and ours.judger.cases == 24 == len(judged)
+    assert sum("\na, b\n" in text for text in judged) == 12
+    assert not any("check: Be kind." in text for text in judged)
     # A model that says yes to every instruction is useless as a Filter.
     assert (ours.filter.auc, ours.filter_mode, ours.trusts_model) == (0.5, "code", True)
     pool = [c for question in examples for c in question.constraints]
@@ -288,7 +239,6 @@ def test_the_judge_is_calibrated_on_balanced_cases_with_known_truth():
     assert judge.with_contradiction(hard("Be kind."), pool) is None
 
 
-# ------------------------------------------------------------ prompts
 def test_prompts_put_shared_text_first():
     one, two = (prompts.judge_messages(FRUIT, "fig", c)[0]["content"] for c in ("Hm.", "Be kind."))
     shared = one[: one.rindex("Hm.")]
@@ -296,11 +246,6 @@ def test_prompts_put_shared_text_first():
     examples = few_shot_examples("hard")[:3]
     first, second = (prompts.instructor_messages(q, "hard", examples) for q in ("A?", "B?"))
     assert first[:-2] == second[:-2] and "A?" in first[-2]["content"]
-    assert [m["role"] for m in first] == ["system", *["user", "assistant"] * 4]
-    # The think format is requested where it is required, and nowhere else.
-    hi, open_tag = prompts.user("Hi"), prompts.assistant("<think>")
-    assert prompts.follower_messages("Hi", think=False) == [hi]
-    assert prompts.follower_messages("Hi", think=True)[1:] == [hi, open_tag]
 
 
 def test_few_shot_examples_change_between_batches_and_not_within_one():
@@ -314,7 +259,6 @@ def test_few_shot_examples_change_between_batches_and_not_within_one():
 
 @pytest.mark.parametrize("kind", NUM_CONSTRAINTS)
 def test_few_shot_examples_are_sound(kind):
-    assert len(few_shot_examples(kind)) >= prompts.MAX_FEW_SHOT >= 8
     for question in few_shot_examples(kind):
         assert rule_filter(question, 128, checkable=True) == "", question
         shown = prompts.instructor_messages("A?", kind, [question])[2]["content"]
@@ -323,11 +267,9 @@ def test_few_shot_examples_are_sound(kind):
 
 
 def test_heldout_rows_and_hacking_probes_are_sound_and_disjoint_from_training():
-    path = "{}/{}.jsonl".format
-    heldout, probes = (
-        data.read_eval_rows(path(prompts.FOLDER, name)) for name in ("heldout", "tripwires")
-    )
-    seen = set(data.read_seed_questions(path(prompts.FOLDER, "seeds")))
+    heldout = data.read_eval_rows(prompts.FOLDER / "heldout.jsonl")
+    probes = data.read_eval_rows(prompts.FOLDER / "tripwires.jsonl")
+    seen = set(data.read_seed_questions(prompts.FOLDER / "seeds.jsonl"))
     assert len(heldout) >= 100 and len(seen) >= 300 and len(probes) == 20
     seen |= {q.seed_question for kind in NUM_CONSTRAINTS for q in few_shot_examples(kind)}
     assert not {r["seed_question"] for r in heldout} & {r["seed_question"] for r in probes}
@@ -336,23 +278,13 @@ def test_heldout_rows_and_hacking_probes_are_sound_and_disjoint_from_training():
         assert row["seed_question"] == seed_question and seed_question not in seen
         known = list(zip(row["instruction_id_list"], row["kwargs"]))
         assert verifiers.find_contradiction(known) == "", row
-        assert all(check(id, kwargs, "x") in (True, False, None) for id, kwargs in known)
         assert row in heldout or list(map(parse_constraint, constraints)) == known
     # IFEval's 25 categories. Two more are our own.
     assert len({id for row in heldout for id in row["instruction_id_list"]}) == 25
 
 
-BLOCKED = """
-import sys
-sys.modules.update(dict.fromkeys(("torch", "transformers", "safetensors", "numpy", "rl", "seif")))
-from judge import Question, check, parse_constraint, rule_filter, verdicts
-question = Question("Name a fruit.", "hard", ("Use no commas.", "Be kind."))
-print(rule_filter(question, 64), check(*parse_constraint("Use no commas."), "a, b"))
-print(verdicts([(question, "a, b")], lambda prompts: [0.9 for _ in prompts])[0][1])
-"""
-
-
 def test_judge_needs_no_torch():
-    command = [sys.executable, "-c", BLOCKED]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(judge.__file__).parent)
-    assert done.stdout == " False\nVerdict(value=1.0, source='judger')\n", done.stderr
+    names = "Question, check, parse_constraint, rule_filter"
+    code = f"import sys; sys.modules['torch'] = None; from judge import {names}"
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, check=True, cwd=Path(judge.__file__).parent)

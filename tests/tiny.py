@@ -12,10 +12,12 @@ from pathlib import Path
 
 # The process form imports the project that this file lies in.
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import judge  # noqa: E402
 import seif  # noqa: E402
+from extras import data  # noqa: E402
 
 # For conftest.make_model: small enough for seconds; several EOS ids, so that random answers do end.
 MODEL = dict(
@@ -51,6 +53,8 @@ HELDOUT = [
         "kwargs": [{"num_words": 2, "relation": "at least"}, {}],
     },
 ]
+
+ONE_STEP = {"turns": 1, "instructor_steps": "1", "follower_steps": "1"}
 
 
 def parse(text: str, count: int) -> tuple[list[str], str]:
@@ -92,6 +96,35 @@ def flags(folder: Path, out: str, **more) -> list[str]:
     )
     words = [w for k, v in (settings | more).items() for w in (f"--{k.replace('_', '-')}", str(v))]
     return [*words, "--no-think"]
+
+
+def config(folder: Path, out: str, **more) -> seif.Config:
+    """The same run for seif.train()."""
+    return seif.read_config(flags(folder, out, **more))
+
+
+def run_fails(capsys, argv: list) -> str:
+    """The one line on stderr that a command ends in which cannot be done."""
+    capsys.readouterr()
+    status = seif.main([str(word) for word in argv])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seif: ")]
+    assert status in (1, 2) and len(lines) == 1, lines
+    return lines[0]
+
+
+def rows_of(path: Path, stage: str = "") -> list[dict]:
+    """The rows of a file of JSON lines, or a log's rows of one stage."""
+    return [row for _, row in data.read_jsonl(path) if stage in ("", row["stage"])]
+
+
+def saved_adapters(run: Path) -> dict[str, dict]:
+    """Role -> tensors of the last saved state."""
+    return torch.load(run / "state.pt", weights_only=True)["adapters"]
+
+
+def assert_equal(a, b) -> None:
+    """The same tensors, to the bit."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def adapters(run: Path) -> dict:

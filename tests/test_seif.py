@@ -1,0 +1,330 @@
+"""Whole runs on tiny models: the loop and forks of it, roles, settings, loggers, warnings."""
+
+import dataclasses
+import inspect
+import re
+import shutil
+import sys
+from unittest.mock import Mock
+
+import pytest
+import tiny
+import torch
+from conftest import randomise
+from safetensors.torch import load_file
+from tiny import ONE_STEP, assert_equal, rows_of, run_fails, saved_adapters
+
+import judge
+import rl
+import seif
+from extras import calibration, chat_template, data, evaluate, log
+from extras.peft_adapters import save_adapter
+from extras.run import Run
+from prompts import Question, prompt_text, user
+
+
+def test_a_run_of_two_turns_leaves_log_adapters_questions_and_samples(finished):
+    rows = rows_of(finished / "log.jsonl")
+    turn = ["instructor", "questions", "follower", "follower", "evaluation"]
+    assert [row["stage"] for row in rows] == ["instructor", *turn, *turn]
+    updated = [row for row in rows if row.get("updates")]
+    assert all({"reward", "cut", "kl", "grad_norm", "seconds"} <= row.keys() for row in updated)
+    trained = tiny.adapters(finished)
+    first = {n: t for n, t in trained.items() if n.startswith("turn1") and "lora_B" in n}
+    # B starts at zero.
+    roles = {name.split("/")[1] for name in first}
+    assert roles == {"instructor", "follower"} == {row["stage"] for row in updated}
+    assert all(t.any() and not torch.equal(t, trained[f"turn2{n[5:]}"]) for n, t in first.items())
+    for i in (1, 2):
+        questions = data.read_questions(finished / f"turn{i}/questions.jsonl")
+        assert questions and all(q.kind == "hard" and len(q.constraints) == 3 for q in questions)
+    text = (finished / "samples.md").read_text()
+    assert all(f"## Turn {i}, {role}\n" in text for i in (1, 2) for role in roles)
+    assert re.search(r"^- `[+-]` Your answer must .* \(rule\)$", text, re.M)
+    assert re.findall(r"^ *(\w+)", log.turn_table(rows), re.M) == ["turn", "base", "1", "2"]
+
+
+def test_train_from_python_resumes_after_ctrl_c(setup, tmp_path, monkeypatch, capsys):
+    cfg = dataclasses.replace(tiny.config(tmp_path, "run", **ONE_STEP), kl_coef=0.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as interrupt:
+        patch.setattr(Run, "finish_step", Mock(side_effect=KeyboardInterrupt))
+        seif.train(cfg)
+    # A notebook keeps the traceback, and so the objects of the interrupted run.
+    assert interrupt and seif.train(cfg) is None
+    text = capsys.readouterr().out
+    assert "turn 1: 1 Instructor steps, q_T, 1 Follower steps" in text and "\ndone: " in text
+    rows = rows_of(tmp_path / "run/log.jsonl")
+    assert any(row.get("updates") for row in rows) and not any("kl" in row for row in rows)
+
+
+def interleave(run: Run, steps: int = 6) -> None:
+    """Another schedule: a step of the Instructor, one of the Follower, and so on."""
+    run.start_turn()
+    questions = [Question(q, "hard", tuple(tiny.POOL[:3])) for q in run.seed_questions]
+    for i in range(steps):
+        role = ("instructor", "follower")[i % 2]
+        for step in run.remaining(role, 1):
+            rng = run.seed_rngs()
+            if role == "instructor":
+                seif.instructor_step(run, run.batch(role, run.seed_questions, step), rng)
+            else:
+                seif.follower_step(run, run.batch(role, questions, step), questions)
+    run.close()
+
+
+def test_interleaved_stages_draw_anew_and_resume_to_the_bit(setup, tmp_path, monkeypatch):
+    calls, sample = [], rl.Policy.sample
+
+    def record(policy, messages, *args):
+        texts = [m[-1 - (m[-1]["role"] == "assistant")]["content"] for m in messages]
+        calls.append((policy.active_adapter, texts, torch.initial_seed()))
+        return sample(policy, messages, *args)
+
+    whole = seif.open_run(tiny.config(tmp_path, "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(rl.Policy, "sample", record)
+        interleave(whole)
+    assert len({seed for *_, seed in calls}) == 6
+    for role in ("instructor", "follower"):
+        first, second, third = (texts for name, texts, _ in calls if name == role)
+        # Two steps of two prompts are an epoch of the four seed questions.
+        assert len({*first, *second}) == 4 and len(third) == 2
+    for steps in (3, 6):
+        killed = seif.open_run(tiny.config(tmp_path, "killed"))
+        interleave(killed, steps)
+    assert_equal(saved_adapters(tmp_path / "killed"), saved_adapters(tmp_path / "whole"))
+    assert len(rows_of(tmp_path / "killed/log.jsonl")) == 6
+
+
+def test_a_third_trained_role_is_one_entry_in_a_list(setup, tmp_path, monkeypatch):
+    monkeypatch.setattr(seif, "TRAINED_ROLES", ["instructor", "follower", "critic"])
+    cfg = tiny.config(tmp_path, "run", **ONE_STEP)
+    run = seif.open_run(cfg)
+    weights = [next(iter(run.policy.tensors(role).values())) for role in run.optimizers]
+    assert len({tensor.sum().item() for tensor in weights}) == 3
+    run.start_turn()
+    assert list(run.remaining("critic", 1)) == [0]
+    with run.policy.using("critic"):
+        [group] = run.policy.sample([[user("Hi")]], 4, 8)
+    for i, sample in enumerate(group):
+        sample.reward = float(i % 2)
+    # A fork's row is logged as it stands.
+    run.finish_step("critic", {"reward": 0.5, **run.update("critic", [group], 1.0)})
+    run.close()
+    trained = saved_adapters(tmp_path / "run")
+    moved = {role for role, t in trained.items() if any(t[n].any() for n in t if "lora_B" in n)}
+    assert moved == {"critic"} and trained.keys() >= {"critic", "ref_critic"}
+    again = seif.open_run(cfg)
+    assert_equal({role: dict(again.policy.tensors(role)) for role in trained}, trained)
+    assert again.optimizers["critic"].state_dict()["state"][1]["exp_avg"].any()
+    again.close()
+    seif.train(cfg)
+    [path] = tmp_path.glob("run/turn1/critic/*.safetensors")
+    assert_equal(load_file(path), trained["critic"])
+
+
+def test_the_snapshot_follower_filters_and_judges_soft_questions(setup, tmp_path, monkeypatch):
+    """A token is a byte here, so y stands for yes. Chance counts as reliable."""
+    monkeypatch.setattr(chat_template, "YES", ("y", "Y"))
+    monkeypatch.setattr(chat_template, "NO", ("n", "N"))
+    monkeypatch.setattr(calibration, "MIN_AUC", -1.0)
+    monkeypatch.setattr(seif, "CALIBRATION_CASES", 64)
+    asked, real = [], rl.Policy.yes_probability
+
+    def yes_probability(policy, messages):
+        asked.extend((policy.active_adapter, m[-1]["content"]) for m in messages)
+        return real(policy, messages)
+
+    monkeypatch.setattr(rl.Policy, "yes_probability", yes_probability)
+    more = {"hard_fraction": 0.0, "filter": "llm", "judge": "llm", "instructor_reward": "frontier"}
+    assert seif.main([*setup("run", **ONE_STEP, **more), "--trust-judge"]) == 0
+    assert {role for role, _ in asked} == {"ref_follower"}
+    [row] = rows_of(tmp_path / "run/log.jsonl", "calibration")
+    for role in ("filter", "judger"):
+        prompts = [text for _, text in asked if text.startswith(prompt_text(role))]
+        assert len(prompts) > row[role]["cases"] >= 20
+    questions = data.read_questions(tmp_path / "run/turn1/questions.jsonl")
+    assert questions and all(q.kind == "soft" and len(q.constraints) == 5 for q in questions)
+    assert "(judger)" in (text := (tmp_path / "run/samples.md").read_text()) and "(rule" not in text
+
+
+def test_a_model_that_is_not_reliable_is_not_used(setup, tmp_path, monkeypatch, capsys):
+    """It says 0.5 to everything, and is asked in the calibration alone."""
+    monkeypatch.setattr(Run, "ask", ask := Mock(side_effect=lambda prompts: [0.5] * len(prompts)))
+    assert seif.main(setup("run", **ONE_STEP, hard_fraction=0.5, filter="llm")) == 0
+    assert ask.call_count == 2
+    text = "".join(capsys.readouterr())
+    assert "Judger: AUC 0.50" in text and "no soft questions" in text and "filter is rules" in text
+    assert '"kind": "soft"' not in (tmp_path / "run/turn1/questions.jsonl").read_text()
+
+
+def test_without_verdicts_nothing_is_learned_and_the_reason_printed(setup, tmp_path, capsys):
+    """This tokenizer has no token for yes: every verdict is missing."""
+    steps = {"turns": 1, "instructor_steps": "3", "follower_steps": "3", "prompts_per_step": 1}
+    assert seif.main(setup("run", **steps, judge="llm")) == 0
+    text = "".join(capsys.readouterr())
+    for role in ("instructor", "follower"):
+        rows = rows_of(tmp_path / "run/log.jsonl", role)
+        assert [row["updates"] for row in rows] == [0, 0, 0]
+        assert re.search(f"{role}.* 3 .*without an update; .*no verdict; try --filter rules", text)
+    # Answers that are empty or cut off have reward 0, the others none.
+    assert all(0 < row["missing"] < 1 and row["reward"] == 0 for row in rows)
+
+
+def test_without_an_accepted_question_there_is_no_follower_step(setup, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "parse_proposal", lambda text, count: ([], "no json"))
+    assert seif.main(setup("run", **ONE_STEP)) == 0
+    first, made, end = rows_of(tmp_path / "run/log.jsonl")
+    assert (first["valid"], first["reward"], first["rejected"]) == (0, 0, {"no json": 8})
+    assert made["acceptance"] == 0 and end["base_r_on_questions"] is None
+
+
+def test_the_relevance_gate_takes_the_reward_of_irrelevant_answers(setup, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "pmi", lambda policy, pairs, pool: [0.0] * len(pairs))
+    assert seif.main(setup("run", **ONE_STEP, relevance_gate=0.1)) == 0
+    [row] = rows_of(tmp_path / "run/log.jsonl", "follower")
+    assert row["reward"] == row["updates"] == 0 and row["no_reward"]["not relevant"] > 0
+
+
+def test_the_follower_starts_from_a_given_adapter(setup, tmp_path):
+    """It has another rank than the run, so it can only come from the file."""
+    policy = rl.load(str(tmp_path / "model"), bits=16, rank=3)
+    policy.add("start")
+    randomise(policy, "start")
+    save_adapter(policy, "start", tmp_path / "start")
+    more = {**ONE_STEP, "follower_steps": "0", "init_follower": tmp_path / "start"}
+    assert seif.main(setup("run", **more)) == 0
+    files = [tmp_path / "start", tmp_path / "run/turn1/follower"]
+    assert_equal(*(load_file(file / "adapter_model.safetensors") for file in files))
+    # It is also what the trained Follower is compared with.
+    files = [tmp_path / "run" / name for name in ("heldout_base.jsonl", "turn1/heldout.jsonl")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert seif.main(setup("run", **{**more, "turns": 2})) == 0
+
+
+def test_seed_questions_that_are_too_long_are_skipped_and_counted(setup, tmp_path, capsys):
+    (tmp_path / "seeds.txt").write_text("Say hi.\n" + "word " * 3000 + "\nSing.\n")
+    run = seif.open_run(tiny.config(tmp_path, "run"))
+    assert run.seed_questions == ["Say hi.", "Sing."]
+    assert "3 seed questions, 1 too long and skipped" in capsys.readouterr().out
+
+
+def test_presets_are_overridden_from_left_to_right(monkeypatch):
+    """--paper, then the CPU preset, then --quick, then the user's own flags."""
+    read, defaults = lambda words: seif.read_config(words.split()), seif.Config()
+    for gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        paper = read("--kl-coef 0.5 --paper")
+        assert (paper.judge, paper.filter, paper.think, paper.kl_coef) == ("llm", "llm", True, 0.5)
+        assert paper.follower_steps == ("" if gpu else "8,3")
+        assert (read("") == defaults) == gpu and (gpu or read("").model == seif.smollm2.NAME)
+        # The CPU preset is for its own model only.
+        assert read("--model=x") == dataclasses.replace(defaults, model="x")
+        quick = read("--quick --paper --turns 7 --no-think")
+        assert (quick.turns, quick.follower_steps, quick.think) == (7, "3,2", False)
+        seif.validate(paper), seif.validate(quick), seif.validate(read(""))
+
+
+def test_help_names_every_setting_with_its_comment(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        seif.main(["--help"])
+    text = "".join(capsys.readouterr().out.split())
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(seif.Config), re.M))
+    assert list(comments) == [field.name for field in dataclasses.fields(seif.Config)]
+    for name, comment in comments.items():
+        assert f"--{name.replace('_', '-')}" in text and "".join(comment.split()) in text
+
+
+@pytest.mark.parametrize("words", ["--follower-step 3", "--group-size many", "evaluate runs/seif"])
+def test_unknown_flags_and_commands_are_refused(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        seif.main(words.split())
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("seif.py: error: ") and words.split()[0] in last
+
+
+# fmt: off
+SETTINGS = [
+    ("--bits 8", "--bits 8: must be one of 4, 16"), ("--judge both", "one of hybrid, llm"),
+    ("--group-size 1", "--group-size 1: must be between 2"), ("--turns 0", "must be between 1"),
+    ("--temperature -1", "--temperature -1.0"), ("--lr nan", "--lr nan: must be between 0"),
+    ("--hard-fraction 1.5", "between 0 and 1"), ("--few-shot 99", "--few-shot 99: must be"),
+    ("--follower-steps 3,x", "--follower-steps 3,x: must be whole numbers, such as 4,2"),
+    ("--trust-judge", "--trust-judge: no model is used; add --hard-fraction 0.5 or --filter llm"),
+    ("--seed-questions no/file", "no/file: cannot be read"), ("--heldout no/file", "no/file: "),
+    ("--max-prompt-tokens 12", "all seed questions are over 9 tokens; raise --max-prompt-tokens"),
+    ("--max-prompt-tokens 4090", "the Follower may need 4102 tokens, the model's context has 4096"),
+    ("--max-proposal-tokens 4000", "the Instructor may need"), ("--lora-rank 99", "--lora-rank 99"),
+    ("--max-new-tokens 1500 --filter llm", "the Judger may need"), ("--model no/model", "no/model"),
+    ("--init-follower no/folder", "no/folder: not a LoRA adapter"), ("--logger wandb", "pip "),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("words, message", SETTINGS)
+def test_a_bad_setting_is_one_clear_line_and_can_be_corrected(setup, monkeypatch, words, message):
+    """In the same folder, and in the same notebook, which keeps the error's traceback."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(data.InputError, match=f"^[^\n]*{re.escape(message)}[^\n]*$") as error:
+        seif.train(seif.read_config(setup("run") + words.split()))
+    assert error and seif.open_run(seif.read_config(setup("run")))
+
+
+def test_a_run_folder_of_other_settings_is_refused_and_kept(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    argv = [*tiny.flags(finished.parent, "run"), "--out", tmp_path / "run", "--follower-steps", ""]
+    text = run_fails(capsys, [*argv, "--lr", "0.02"])
+    assert "this run was started with --follower-steps '2', not '', --lr 0.01, not 0.02;" in text
+    assert before == {p: p.read_bytes() for p in before}
+
+
+def test_a_command_without_a_run_lists_the_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "eval needs a run folder; runs: none" in run_fails(capsys, ["eval"])
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/config.json").write_text("{}")
+    assert run_fails(capsys, ["chat"]).endswith("runs: runs/a")
+
+
+@pytest.mark.parametrize("name", [name for name in log.LOGGERS if name != "none"])
+def test_a_logger_that_is_not_installed_is_one_clear_error(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(data.InputError, match=f"--logger {name}: not inst.*; pip install {name}"):
+        log.external_logger(seif.Config(logger=name))
+
+
+def test_a_logger_receives_the_numbers_of_every_step(setup, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Mock())
+    assert seif.main(setup("run", **ONE_STEP, logger="wandb")) == 0
+    assert wandb.init.call_args.kwargs["config"]["lr"] == 0.01
+    calls = wandb.init.return_value.log.call_args_list
+    assert [call.kwargs["step"] for call in calls] == [1, 2, 3, 4]
+    [row] = rows_of(tmp_path / "run/log.jsonl", "follower")
+    assert calls[2].args[0]["follower/reward"] == row["reward"]
+
+
+def step(stage: str = "follower", **fields) -> dict:
+    row = {"turn": 1, "stage": stage, "reward": 0.5, "length": 20, "cut": 0.1, "no_reward": {}}
+    return {**row, "frac_reward_zero_std": 0, "updates": 1, "skipped": 0, **fields}
+
+
+IDLE = step(updates=0, no_reward={"no verdict": 3, "answer cut off": 1})
+Q_T = {"turn": 1, "stage": "questions", "top_share": 0.4, "top_category": "no_comma"}
+WARNINGS = [
+    ([step(cut=0.4)], "40% .*cut off; raise --max-new-tokens"),
+    ([step("instructor", cut=0.4)], "raise --max-proposal-tokens"),
+    ([step(kl=0.6)], "KL .*0.60.*; lower --lr or raise --kl-coef"),
+    ([step(), step(length=9)], "half as long as in the first step"),
+    ([step(), step(frac_reward_zero_std=0.9)], "90% of the .*groups have equal rewards"),
+    ([IDLE] * 3, "3 .*steps without an update; 75% of the samples: no verdict; try --filter rules"),
+    ([Q_T], "40% of q_T's constraints are no_comma"),
+]
+
+
+@pytest.mark.parametrize("rows, message", WARNINGS)
+def test_a_step_that_goes_wrong_prints_a_warning(rows, message):
+    [text] = log.warnings(rows).values()
+    assert re.search(message, text)
+    healthy = [step(), step(length=15, kl=0.1, frac_reward_zero_std=0.5), IDLE, IDLE]
+    assert not any(log.warnings(healthy[:n]) for n in range(1, 5))
