@@ -19,15 +19,7 @@ from dataclasses import dataclass, replace
 
 from extras.calibration import UNCALIBRATED, Calibration, calibrate, with_contradiction
 from extras.constraint_parser import MAX_CONSTRAINT_CHARS, parse_constraint
-from extras.verifiers import (
-    WORD,
-    check,
-    check_loose,
-    count_intervals,
-    find_contradiction,
-    is_decidable,
-    validate_kwargs,
-)
+from extras.verifiers import WORD, check, count_intervals, find_contradiction, is_decidable
 from prompts import (
     NUM_CONSTRAINTS,
     Question,
@@ -37,7 +29,7 @@ from prompts import (
     parse_proposal,
 )
 
-__all__ = ["Question", "check", "check_loose", "parse_constraint", "rule_filter", "validate_kwargs"]
+__all__ = ["Question", "check", "parse_constraint", "rule_filter"]
 
 FILTERS, JUDGES = ("llm", "code", "rules", "off"), ("hybrid", "llm")
 INSTRUCTOR_REWARDS = ("hardest", "frontier")

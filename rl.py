@@ -39,8 +39,7 @@ from extras.self_check import try_create
 CLIP_LOW, CLIP_HIGH, MAX_GRAD_NORM = 0.2, 0.3, 1.0
 # P(yes) + P(no) below this: the model is about to say something else, and there is no verdict.
 MIN_VERDICT_MASS = 1e-3
-# 4-bit weights are unpacked to 16 bits if the copy takes no more: on a CPU for good, on a GPU while
-# sampling, as a share of its free memory.
+# Limits of the unpacked copy of 4-bit weights: on a CPU for good, on a GPU while sampling.
 UNPACK_CPU_MIB, UNPACK_GPU_SHARE = 4096, 0.25
 
 
@@ -164,8 +163,7 @@ class Sample:
     text: str
     # Whether it ended with an EOS. If not, it was cut at the token limit.
     ended: bool
-    # Filled in by seif.py and judge.py: the question that was answered or proposed, why a proposal
-    # was rejected, the judged part of the text, a verdict per constraint.
+    # By judge.py: question, why a proposal is rejected, judged part, a verdict per constraint.
     question: Any = None
     rejected: str = ""
     answer: str = ""
@@ -173,8 +171,7 @@ class Sample:
     # None: no verdict is known, and the sample is left out of its group.
     reward: float | None = None
     advantage: float = 0.0
-    # (T,) log-probabilities under the reference policy, and under the policy that sampled. None
-    # for the latter means that the policy has not changed since.
+    # (T,) under the reference policy, and under the policy that sampled. None: as it is now.
     ref_logprobs: Tensor | None = field(default=None, repr=False)
     old_logprobs: Tensor | None = field(default=None, repr=False)
 

@@ -130,11 +130,6 @@ MINIMUM |= {"temperature": 0.01, "instructor_temperature": 0.01}
 MAXIMUM = {"hard_fraction": 1, "relevance_gate": 1, "few_shot": MAX_FEW_SHOT}
 
 
-def flag(name: str) -> str:
-    """max_new_tokens -> --max-new-tokens"""
-    return "--" + name.replace("_", "-")
-
-
 def read_config(argv: list[str]) -> Config:
     """The settings that a command line asks for."""
     parser = argparse.ArgumentParser(
@@ -149,7 +144,9 @@ def read_config(argv: list[str]) -> Config:
         text = f"{help_texts[field.name]} [{field.default!r}]".replace("%", "%%")
         boolean = field.type is bool
         how = {"action": argparse.BooleanOptionalAction} if boolean else {"type": field.type}
-        parser.add_argument(flag(field.name), default=field.default, help=text, **how)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", default=field.default, help=text, **how
+        )
     parser.add_argument("--paper", action="store_true", help=f"the paper's settings: {PAPER}")
     parser.add_argument("--quick", action="store_true", help=f"a schedule of minutes: {QUICK}")
     given = [word.partition("=")[0] for word in argv]
@@ -173,7 +170,7 @@ def validate(cfg: Config) -> None:
         elif name.endswith("_steps") and value and not re.fullmatch(r"\d+(,\d+)*", value):
             limit = "whole numbers, such as 4,2"
         if limit:
-            raise InputError(f"{flag(name)} {value}: must be {limit}")
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
     if cfg.trust_judge and not uses_model(cfg):
         raise InputError("--trust-judge: no model is used; add --hard-fraction 0.5 or --filter llm")
 
@@ -194,40 +191,41 @@ def open_run(cfg: Config) -> Run:
 # ------------------------------------------------------------ the loop
 def train(cfg: Config) -> None:
     """Self-evolution. Finished steps are skipped, so the same call resumes a run."""
-    run = open_run(cfg)
-    cfg, policy, judge = run.cfg, run.policy, run.judge
-    for turn in range(run.turn, cfg.turns + 1):
-        run.start_turn()
-        if run.remaining("calibration", int(uses_model(cfg))):
-            calibrate(run, run.seed_rngs())
+    with open_run(cfg) as run:
+        cfg, policy, judge = run.cfg, run.policy, run.judge
+        for turn in range(run.turn, cfg.turns + 1):
+            run.start_turn()
+            if run.remaining("calibration", int(uses_model(cfg))):
+                calibrate(run, run.seed_rngs())
 
-        for step in run.remaining("instructor", run.num_steps("instructor", turn)):
-            rng = run.seed_rngs()
-            seed_questions = run.batch("instructor", run.seed_questions, step)
-            instructor_step(run, seed_questions, rng)
+            for step in run.remaining("instructor", run.num_steps("instructor", turn)):
+                rng = run.seed_rngs()
+                seed_questions = run.batch("instructor", run.seed_questions, step)
+                instructor_step(run, seed_questions, rng)
 
-        if run.remaining("questions", 1):
-            questions, rejected = write_questions(run, run.seed_rngs())
-            run.save_questions(questions)
-            run.finish_step("questions", run.log.questions(questions, rejected))
-        questions = run.read_questions()
+            if run.remaining("questions", 1):
+                questions, rejected = write_questions(run, run.seed_rngs())
+                run.save_questions(questions)
+                run.finish_step("questions", run.log.questions(questions, rejected))
+            questions = run.read_questions()
 
-        for step in run.remaining("follower", run.num_steps("follower", turn, len(questions))):
-            run.seed_rngs()
-            batch = run.batch("follower", questions, step)
-            follower_step(run, batch, questions)
+            for step in run.remaining("follower", run.num_steps("follower", turn, len(questions))):
+                run.seed_rngs()
+                batch = run.batch("follower", questions, step)
+                follower_step(run, batch, questions)
 
-        if run.remaining("evaluation", 1):
-            run.seed_rngs()
-            for role in TRAINED_ROLES:
-                save_adapter(policy, role, run.folder / f"turn{turn}" / role)
-            base_answers = flat(answer(run, run.base, questions[: cfg.eval_rows or None], 1, 0.0))
-            judge.score(base_answers)
-            figures = evaluate.evaluate_turn(run)
-            run.finish_step("evaluation", run.log.evaluation(figures, base_answers))
-        run.finish_turn()
-    print(f"done: {run.folder}/turn{cfg.turns}/follower; try: python seif.py chat {run.folder}")
-    run.close()
+            if run.remaining("evaluation", 1):
+                run.seed_rngs()
+                for role in TRAINED_ROLES:
+                    save_adapter(policy, role, run.folder / f"turn{turn}" / role)
+                base_answers = flat(
+                    answer(run, run.base, questions[: cfg.eval_rows or None], 1, 0.0)
+                )
+                judge.score(base_answers)
+                figures = evaluate.evaluate_turn(run)
+                run.finish_step("evaluation", run.log.evaluation(figures, base_answers))
+            run.finish_turn()
+        print(f"done: {run.folder}/turn{cfg.turns}/follower; try: python seif.py chat {run.folder}")
 
 
 def instructor_step(run: Run, seed_questions: list[str], rng: random.Random) -> None:

@@ -183,10 +183,19 @@ def evaluate(policy, role, rows: list, cfg, threshold=None, max_scored=None) -> 
     return figures, records
 
 
+def read_base(folder: Path) -> dict:
+    """The base model's figures. InputError if the file is damaged."""
+    rows = [row for _, row in data.read_jsonl(folder / "base.json")]
+    if len(rows) != 1 or "threshold" not in rows[0]:
+        raise data.InputError(f"{folder / 'base.json'}: damaged; delete it to measure again")
+    return rows[0]
+
+
 def check_heldout(folder: Path, rows: list[dict]) -> None:
     """InputError if the base model was measured on other held-out rows."""
     path = folder / "heldout_base.jsonl"
     if (folder / "base.json").exists():
+        read_base(folder)
         measured = [row.get("prompt") for _, row in data.read_jsonl(path)]
         if measured != [row["prompt"] for row in rows]:
             fix = "restore the file that --heldout names, or give another --out"
@@ -202,7 +211,7 @@ def evaluate_turn(run) -> dict[str, dict]:
         base, records = evaluate(policy, run.base, rows, cfg, threshold, MAX_SCORED)
         data.write_atomic(folder / "heldout_base.jsonl", data.to_jsonl(records).encode())
         data.write_atomic(path, data.to_jsonl([{**base, "threshold": threshold}]).encode())
-    [(_, base)] = data.read_jsonl(path)
+    base = read_base(folder)
     follower, records = evaluate(policy, "follower", rows, cfg, base["threshold"], MAX_SCORED)
     data.write_atomic(folder / f"turn{run.turn}/heldout.jsonl", data.to_jsonl(records).encode())
     return {"heldout_base": base, "heldout_follower": follower}

@@ -208,7 +208,7 @@ def number(value: float | None, form: str) -> str:
 def step_line(row: dict) -> str:
     """One line for a step, the important figures first."""
     text = f"turn {row['turn']} {row['stage']} {row['step'] + 1}"
-    if "reward" in row:
+    if "length" in row:
         text += f": reward {number(row['reward'], '.3f')}, kl {number(row.get('kl'), '.4f')}"
         text += f", grad {number(row.get('grad_norm'), '.2f')}, length {row['length']:.0f}"
         text += f", cut {row['cut']:.0%}, zero-variance {row['frac_reward_zero_std']:.0%}"
@@ -228,7 +228,7 @@ def warnings(rows: list[dict]) -> dict[str, str]:
     if name == "questions" and row["top_share"] > MAX_CATEGORY:
         share = f"{row['top_share']:.0%} of q_T's constraints are {row['top_category']}"
         return {"category": f"{share}; raise --instructor-temperature or --few-shot"}
-    if "reward" not in row:
+    if "length" not in row:
         return {}
     found = {}
     stage = [r for r in rows if (r["turn"], r["stage"]) == (row["turn"], name)]

@@ -58,46 +58,69 @@ class Run:
         seed_questions = read_seed_questions(cfg.seed_questions or FOLDER / "seeds.jsonl")
         heldout = read_eval_rows(cfg.heldout or FOLDER / "heldout.jsonl")
         self.heldout = heldout[: cfg.eval_rows or None]
-        cfg, self.lock, created = open_folder(cfg)
-        self.cfg = cfg
+        self.cfg, self.lock, created = open_folder(cfg)
         self.folder = Path(cfg.out)
-        check_heldout(self.folder, self.heldout)
-        print("  ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
-        self.policy = policy = load_policy(cfg)
-        # Chat templates that contain the date keep it when the run is resumed another day.
-        policy.chat.date = created
-        check_context(cfg, policy, uses_model(cfg))
-        # A seed question leaves a quarter of the limit for the constraints.
-        limit = cfg.max_prompt_tokens * 3 // 4
-        self.seed_questions = [q for q in seed_questions if self.prompt_tokens(q) <= limit]
-        skipped = len(seed_questions) - len(self.seed_questions)
+        try:
+            check_heldout(self.folder, self.heldout)
+            print("  ".join(f"{name}={value}" for name, value in asdict(self.cfg).items()))
+            self.policy = load_policy(self.cfg)
+            # Chat templates that contain the date keep it when the run is resumed another day.
+            self.policy.chat.date = created
+            check_context(self.cfg, self.policy, uses_model(self.cfg))
+            self.seed_questions = self._short_enough(seed_questions)
+            self.optimizers = {role: self._add_role(role, i) for i, role in enumerate(roles)}
+            # The policy that the Follower is compared with. None is the base model.
+            self.base = "init_follower" if cfg.init_follower else None
+            if self.base:
+                self.policy.copy("follower", self.base)
+            self.judge = Judge(self.cfg, self.ask, self.fits)
+            self.turn, self.global_step, self.skipped_steps = 1, 0, 0
+            # Steps per stage of this turn: finished ones, and those that train() came past.
+            self.done, self.scheduled = Counter(), Counter()
+            # Size of this turn's q_T, once it is written.
+            self.num_questions: int | None = None
+            self.saved = self.step_start = time.time()
+            resume(self)
+            self.log = Log(self)
+            # Last, so that a setting that failed above can be corrected in the same folder.
+            settings = asdict(self.cfg) | {"created": created.isoformat()}
+            write_atomic(self.folder / "config.json", json.dumps(settings, indent=2).encode())
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _short_enough(self, seed_questions: list[str]) -> list[str]:
+        """Seed questions that leave a quarter of --max-prompt-tokens for the constraints."""
+        limit = self.cfg.max_prompt_tokens * 3 // 4
+        kept = [q for q in seed_questions if self.prompt_tokens(q) <= limit]
+        skipped = len(seed_questions) - len(kept)
         print(f"{len(seed_questions)} seed questions, {skipped} too long and skipped")
-        if not self.seed_questions:
+        if not kept:
             raise InputError(
                 f"all seed questions are over {limit} tokens; raise --max-prompt-tokens"
             )
-        self.optimizers = {}
-        for i, role in enumerate(roles):
-            if role == "follower" and cfg.init_follower:
-                load_adapter(policy, role, cfg.init_follower)
-            else:
-                policy.add(role, seed=1000 * cfg.seed + i)
-            parameters = list(policy.tensors(role).values())
-            self.optimizers[role] = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
-            policy.copy(role, f"ref_{role}")
-        # The policy that the Follower is compared with. None is the base model.
-        self.base = "init_follower" if cfg.init_follower else None
-        if self.base:
-            policy.copy("follower", self.base)
-        self.judge = Judge(cfg, self.ask, self.fits)
-        self.turn, self.global_step, self.skipped_steps = 1, 0, 0
-        # Steps per stage of the current turn: finished ones, and those that train() came past.
-        self.done, self.scheduled = Counter(), Counter()
-        # Size of the current turn's q_T, once it is written.
-        self.num_questions: int | None = None
-        self.saved = self.step_start = time.time()
-        resume(self)
-        self.log = Log(self)
+        return kept
+
+    def _add_role(self, role: str, index: int) -> torch.optim.Optimizer:
+        """An adapter with initial weights of its own, its reference, its optimizer."""
+        if role == "follower" and self.cfg.init_follower:
+            load_adapter(self.policy, role, self.cfg.init_follower)
+        else:
+            self.policy.add(role, seed=1000 * self.cfg.seed + index)
+        self.policy.copy(role, f"ref_{role}")
+        parameters = list(self.policy.tensors(role).values())
+        return torch.optim.AdamW(parameters, lr=self.cfg.lr, weight_decay=0.0)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the progress bar and release the folder."""
+        self.log.close()
+        self.lock.release()
 
     # -------------------------------------------- steps
     def remaining(self, stage: str, count: int) -> range:
@@ -194,11 +217,6 @@ class Run:
         path = self.folder / f"turn{self.turn}" / "questions.jsonl"
         return read_questions(path, self.num_questions)
 
-    def close(self) -> None:
-        """Release the folder."""
-        self.log.close()
-        self.lock.release()
-
 
 def open_folder(cfg) -> tuple:
     """Create or check a run folder: (settings with dtype resolved, its lock, creation date)."""
@@ -227,8 +245,6 @@ def open_folder(cfg) -> tuple:
         lock.release()
         fix = "give another --out, or the same settings"
         raise InputError(f"{path}: this run was started with {', '.join(changed)}; {fix}")
-    settings = asdict(cfg) | {"created": created.isoformat()}
-    write_atomic(path, json.dumps(settings, indent=2).encode())
     return cfg, lock, created
 
 

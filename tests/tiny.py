@@ -17,7 +17,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import judge  # noqa: E402
 import seif  # noqa: E402
-from extras import data  # noqa: E402
+from extras import data, run  # noqa: E402
 
 # For conftest.make_model: small enough for seconds; several EOS ids, so that random answers do end.
 MODEL = dict(
@@ -117,9 +117,9 @@ def rows_of(path: Path, stage: str = "") -> list[dict]:
     return [row for _, row in data.read_jsonl(path) if stage in ("", row["stage"])]
 
 
-def saved_adapters(run: Path) -> dict[str, dict]:
+def saved_adapters(folder: Path) -> dict[str, dict]:
     """Role -> tensors of the last saved state."""
-    return torch.load(run / "state.pt", weights_only=True)["adapters"]
+    return torch.load(folder / "state.pt", weights_only=True)["adapters"]
 
 
 def assert_equal(a, b) -> None:
@@ -127,10 +127,10 @@ def assert_equal(a, b) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def adapters(run: Path) -> dict:
+def adapters(folder: Path) -> dict:
     """All that a run has trained: file and name -> tensor."""
-    files = sorted(run.glob("turn*/*/adapter_model.safetensors"))
-    return {f"{f.relative_to(run)}/{name}": t for f in files for name, t in load_file(f).items()}
+    files = sorted(folder.glob("turn*/*/adapter_model.safetensors"))
+    return {f"{f.relative_to(folder)}/{name}": t for f in files for name, t in load_file(f).items()}
 
 
 def main(argv: list[str], stderr: str = "") -> None:
@@ -138,6 +138,8 @@ def main(argv: list[str], stderr: str = "") -> None:
     if stderr:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     judge.parse_proposal = parse
+    # Kills fall into stages that are saved by half, too.
+    run.SAVE_SECONDS = 0.1
     sys.exit(seif.main(argv))
 
 
