@@ -55,8 +55,8 @@ class LoRALinear(nn.Module):
         self.base = base
         self.active_adapter: str | None = None
         self.A, self.B, self.scale = nn.ParameterDict(), nn.ParameterDict(), {}
-        # Compute-dtype copy (A, B) of the active adapter, while nothing is trained.
-        self.inference_copy: tuple[Tensor, Tensor] | None = None
+        # role -> (A, B) in the compute dtype, while nothing is trained.
+        self.inference_copy: dict[str, tuple[Tensor, Tensor]] = {}
         # The base's 4-bit weight unpacked, see Policy.unpack_weights().
         self.unpacked: Tensor | None = None
 
@@ -69,7 +69,7 @@ class LoRALinear(nn.Module):
         role = self.active_adapter
         if role is None:
             return y
-        A, B = self.inference_copy or (self.A[role].to(x.dtype), self.B[role].to(x.dtype))
+        A, B = self.inference_copy.get(role) or (self.A[role].to(x.dtype), self.B[role].to(x.dtype))
         down = F.linear(x, A).flatten(0, -2)
         return torch.addmm(y.flatten(0, -2), down, B.T, alpha=self.scale[role]).view_as(y)
 
@@ -260,11 +260,11 @@ class Policy:
                 if cuda:
                     self.unpack_weights(UNPACK_GPU_SHARE * torch.cuda.mem_get_info()[0])
                 for layer in self.lora.values() if role else ():
-                    layer.inference_copy = layer.A[role].to(dtype), layer.B[role].to(dtype)
+                    layer.inference_copy[role] = layer.A[role].to(dtype), layer.B[role].to(dtype)
                 yield
             finally:
                 for layer in self.lora.values():
-                    layer.inference_copy = None
+                    layer.inference_copy.clear()
                     if cuda:
                         layer.unpacked = None
 

@@ -23,29 +23,30 @@ def try_create(model, eos: set[int], texts: list[list[int]], **limits) -> "Packe
     texts: token ids of two real prompts with a common prefix. limits: token_budget, slots.
     """
     decoder, config = model.get_decoder(), model.config.get_text_config(decoder=True)
-    before, reason = config._attn_implementation, ""
-    try:
-        exact = [plain_logits(model, ids, "eager") for ids in texts]
-        limit = rounding_noise(model, exact, texts)
-        # eager serves what the packed attention cannot compute: softcaps and sinks.
-        for attention in ("packed", "eager"):
+    before, exact, reason = config._attn_implementation, [], ""
+    # eager serves what the packed attention cannot compute: softcaps and sinks.
+    for attention in ("packed", "eager"):
+        try:
+            # Once, before norms are fused.
+            exact = exact or [plain_logits(model, ids, "eager") for ids in texts]
+            limit = rounding_noise(model, exact, texts)
             reason = twin_error(decoder, config, attention)
-            if not reason:
-                model.set_attn_implementation(attention)
-                fuse_norms(decoder)
-                head = model.get_output_embeddings()
-                engine = PackedEngine(decoder, head, config, eos, **limits)
-                off = mean_difference(exact, row_logits(engine, texts))
-                reason = f"logits off by {off:.3g} in the mean, rounding explains {limit:.3g}"
-                # A NaN is not <= limit.
-                if off <= limit:
-                    engine.cuda_graph = engine.cuda and GRAPHS_ARE_SAFE
-                    engine.cuda_graph = engine.cuda_graph and graphs_work(engine, texts)
-                    return engine
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            if reason:
+                continue
+            model.set_attn_implementation(attention)
+            fuse_norms(decoder)
+            engine = PackedEngine(decoder, model.get_output_embeddings(), config, eos, **limits)
+            off = mean_difference(exact, row_logits(engine, texts))
+            reason = f"logits off by {off:.3g} in the mean, rounding explains {limit:.3g}"
+            # A NaN is not <= limit.
+            if off <= limit:
+                can_capture = engine.cuda and GRAPHS_ARE_SAFE
+                engine.cuda_graph = can_capture and graphs_work(engine, texts)
+                return engine
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
     print(f"  plain engine, slower: packing is not exact for this model ({reason})")
     model.set_attn_implementation(before)
     return None

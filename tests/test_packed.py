@@ -1,13 +1,11 @@
 """The packed engine equals the plain one, which is short enough to check by reading."""
 
 import functools
-import types
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import KINDS, make_model, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,17 +17,16 @@ from extras import packed, self_check
 from extras.data import InputError
 
 # On a CPU 4-bit weights are unpacked into ordinary ones: a few kinds stand for all.
-EXACT = [(kind, 16) for kind in [*KINDS, "moe-after-mlp"]]
-EXACT += [(kind, 4) for kind in ("llama", "qwen2", "phi3")]
+EXACT = [(kind, 16) for kind in KINDS] + [("moe-after-mlp", 16), ("llama", 4), ("phi3", 4)]
 TEXTS = ("Name a fruit.", "Name a tree please.", "Name a", "Sing!" * 12)
 # Frequent EOS ids: samples end, and are replaced, at different times.
 ENDS = set(range(0, 256, 16))
 REFUSED = "plain engine, slower: packing is not exact for this model ("
 
 
-def load(folder: str, engine: str, bits: int = 16, device="cpu", dtype="fp32", **limits):
-    """A policy with an adapter `follower` that changes the output, and the EOS ids ENDS."""
-    policy = rl.load(folder, bits, device, engine=engine, dtype=dtype, **limits)
+def load(folder: str, engine: str, bits=16, dtype="fp32", **limits) -> rl.Policy:
+    """On the CPU, with an adapter `follower` that changes the output, and the EOS ids ENDS."""
+    policy = rl.load(folder, bits, "cpu", engine=engine, dtype=dtype, **limits)
     policy.add("follower")
     randomise(policy, "follower")
     policy.chat.eos.update(ENDS)
@@ -39,9 +36,8 @@ def load(folder: str, engine: str, bits: int = 16, device="cpu", dtype="fp32", *
 @pytest.fixture(scope="session")
 def both(folders):
     """(kind, bits) -> a model's packed and its plain policy. Change them by monkeypatch only."""
-    return functools.cache(
-        lambda kind, bits=16: [load(folders(kind), engine, bits) for engine in ("packed", "plain")]
-    )
+    names = ("packed", "plain")
+    return functools.cache(lambda kind, bits=16: [load(folders(kind), n, bits) for n in names])
 
 
 def sample(policy, texts=TEXTS, n=3, limit=9, temperature=1.0) -> list[list[list[int]]]:
@@ -86,30 +82,26 @@ def assert_equal_logprobs(found, expected) -> None:
 # ------------------------------------------------------------ packed = plain
 
 
-@pytest.mark.parametrize("min_prefix", [1, 128], ids=["shared-prefix", "own-prefix"])
 @pytest.mark.parametrize("kind, bits", EXACT)
-def test_samples_are_equal(both, kind, bits, min_prefix, monkeypatch):
-    monkeypatch.setattr(packed, "MIN_SHARED_PREFIX", min_prefix)
+def test_packed_equals_plain(both, kind, bits, monkeypatch):
     fast, plain = both(kind, bits)
     assert isinstance(fast.engine, packed.PackedEngine) and type(plain.engine) is rl.PlainEngine
-    for temperature, texts in ((0.0, TEXTS[:2]), (0.9, TEXTS[1:])):
-        found, expected = (sample(p, texts, 3, 9, temperature) for p in (fast, plain))
-        assert found == expected
-
-
-@pytest.mark.parametrize("kind, bits", EXACT)
-def test_logprobs_gradients_and_next_token_probabilities_are_equal(both, kind, bits, monkeypatch):
-    fast, plain = both(kind, bits)
+    # Greedy, with a prefix of its own per slot. By the same draws, with a shared prefix.
+    for temperature, min_prefix, texts in ((0.0, 128, TEXTS[:2]), (0.9, 1, TEXTS[1:])):
+        monkeypatch.setattr(packed, "MIN_SHARED_PREFIX", min_prefix)
+        assert sample(fast, texts, 3, 9, temperature) == sample(plain, texts, 3, 9, temperature)
     pairs, prompts = make_pairs(), [prompt for prompt, _ in make_pairs()]
     expected = logprobs(plain, pairs)
+    with plain.using("follower"):
+        right = plain.engine.next_probabilities(prompts, [65, 258])
     # One row and many. The head in chunks and at once. Layers kept and recomputed.
     for budget, chunk, recompute in ((4096, 3, False), (60, 4096, True)):
         monkeypatch.setattr(fast.engine, "token_budget", budget)
         monkeypatch.setattr(fast.engine.head, "chunk", chunk)
         monkeypatch.setattr(fast.engine, "recompute_all", recompute)
         assert_equal_logprobs(logprobs(fast, pairs), expected)
-        with fast.using("follower"), plain.using("follower"):
-            found, right = (p.engine.next_probabilities(prompts, [65, 258]) for p in (fast, plain))
+        with fast.using("follower"):
+            found = fast.engine.next_probabilities(prompts, [65, 258])
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
 
 
@@ -119,19 +111,15 @@ def test_samples_do_not_depend_on_slots_rows_and_eos_checks(both, kind, min_pref
     monkeypatch.setattr(packed, "MIN_SHARED_PREFIX", min_prefix)
     fast, plain = both(kind)
     expected = sample(plain)
-    wide = [(slots, 1, 512) for slots in range(4, 12)]
-    for slots, interval, budget in ((1, 1, 512), (3, 1, 40), (3, 7, 8), (64, 7, 40), *wide):
+    for slots, interval, budget in ((3, 1, 40), (5, 7, 8), (7, 1, 512), (64, 7, 40)):
         monkeypatch.setattr(fast.engine, "slots", slots)
         monkeypatch.setattr(fast.engine, "token_budget", budget)
         monkeypatch.setitem(packed.EOS_CHECK_INTERVAL, "cpu", interval)
-        assert sample(fast) == expected, slots
+        assert sample(fast) == expected
     # One slot where keys and values hardly fit.
     monkeypatch.setattr(fast.engine, "memory_limit", lambda: 1.0)
     assert sample(fast) == expected
-    completions = [tokens for group in expected for tokens in group]
-    assert len({tuple(tokens) for tokens in completions}) > 10
-    for tokens in completions:
-        assert not ENDS & set(tokens[:-1]) and (tokens[-1] in ENDS or len(tokens) == 9)
+    assert len({tuple(tokens) for group in expected for tokens in group}) > 10
 
 
 def test_nothing_one_token_and_equal_prompts(both):
@@ -142,15 +130,13 @@ def test_nothing_one_token_and_equal_prompts(both):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt-oss"])
-def test_the_packed_model_called_by_others_computes_as_before(both, kind):
-    """Evaluation tools with padded batches, and generate()."""
+def test_padded_batches_and_generate_of_the_packed_model(both, kind):
     models = [policy.model for policy in both(kind)]
-    ids, visible = torch.arange(40).view(2, 20), torch.ones(2, 20, dtype=torch.long)
-    visible[0, :6] = 0
+    ids = torch.arange(40).view(2, 20)
+    kept = ids > 5
     with torch.no_grad():
-        found, expected = (m(ids, attention_mask=visible).logits for m in models)
-        kept = visible.bool()
-        torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-4)
+        found, expected = (m(ids, attention_mask=kept.long()).logits[kept] for m in models)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 258}
         found, expected = (m.generate(ids[1:], **arguments).tolist() for m in models)
     assert found == expected
@@ -169,7 +155,6 @@ def test_pack_holds_each_distinct_token_once_and_it_attends_to_its_path(ends, pr
     sequences = [[7] * prefix + end for end in ends]
     rows = list(packed.pack(sequences, budget, prefix))
     assert sorted(i for row in rows for i in row.members) == list(range(len(sequences)))
-    assert len(rows) <= 1 or budget < 4096
     for row in rows:
         distinct = {tuple(ends[i][: k + 1]) for i in row.members for k in range(len(ends[i]))}
         size, mask = len(row.tokens), row.mask()
@@ -190,13 +175,12 @@ def test_sample_token_follows_the_distribution(temperature):
     torch.testing.assert_close(share, (logits[0] / temperature).softmax(-1), rtol=0, atol=2 / n)
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_sample_token_at_the_edges_and_of_nan(temperature):
+def test_sample_token_at_the_edges_and_of_nan():
     logits = torch.full((5, 40), -1e9)
     logits[:, 30], logits[3, 3], logits[4] = 0, torch.nan, torch.nan
-    draws = torch.tensor([1.0, 1e-9, 0.5, 0.5, 0.5])
-    found = packed.sample_token(logits, draws, temperature)
-    assert found.tolist() == [30] * 3 + [packed.INVALID_TOKEN] * 2
+    for temperature in (0, 1.0):
+        tokens = packed.sample_token(logits, torch.tensor([1, 1e-9, 0.5, 0.5, 0.5]), temperature)
+        assert tokens.tolist() == [30] * 3 + [packed.INVALID_TOKEN] * 2
 
 
 # ------------------------------------------------------------ self-check
@@ -206,12 +190,10 @@ def test_sample_token_at_the_edges_and_of_nan(temperature):
 def test_a_model_that_cannot_be_packed_takes_the_plain_engine(folders, kind, capsys):
     policy = load(folders(kind), "packed")
     assert type(policy.engine) is rl.PlainEngine and capsys.readouterr().out.count(REFUSED) == 1
-    plain = load(folders(kind), "plain")
-    assert sample(policy, TEXTS[:2]) == sample(plain, TEXTS[:2])
-    assert_equal_logprobs(logprobs(policy, make_pairs(3)), logprobs(plain, make_pairs(3)))
+    assert sample(policy, TEXTS[:2]) == sample(load(folders(kind), "plain"), TEXTS[:2])
 
 
-add, admit, update = packed.Row.add, packed.SlotCache.admit, packed.RowCache.update
+add, admit = packed.Row.add, packed.SlotCache.admit
 
 
 def branches_attend_to_each_other(row) -> np.ndarray:
@@ -223,20 +205,13 @@ def positions_run_on(row, *args) -> None:
     row.position_ids = row.prefix + np.arange(len(row.tokens))
 
 
-def prefix_has_other_keys(cache, key, value, layer, *_, **kwargs):
-    if layer == 0 and cache.prefix is not None:
-        cache.prefix.kv = [(k.roll(1, 2), v) for k, v in cache.prefix.kv]
-    return update(cache, key, value, layer)
-
-
 def norm_is_right_for_matrices(norm, x) -> torch.Tensor:
-    return x if x.dim() > 2 else F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    return x if x.dim() > 2 else torch.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
 
 
 FAULTS = {
     "mask": ("llama", packed.Row, "mask", branches_attend_to_each_other),
     "positions": ("llama", packed.Row, "add", positions_run_on),
-    "prefix": ("llama", packed.RowCache, "update", prefix_has_other_keys),
     "slots": ("llama", packed.SlotCache, "admit", lambda *args: admit(*args[:-1], args[-1][1:])),
     "window": ("mistral-window", packed, "layer_kinds", lambda config: ["full_attention"]),
     "scale": ("granite", packed.Head, "logits", lambda head, hidden: head.module(hidden).float()),
@@ -251,32 +226,36 @@ def test_the_self_check_refuses_a_wrong(folders, fault, dtype, monkeypatch, caps
     monkeypatch.setattr(*place)
     policy = load(folders(kind), "packed", dtype=dtype)
     assert type(policy.engine) is rl.PlainEngine and capsys.readouterr().out.count(REFUSED) == 1
-    # The model computes as before.
     monkeypatch.undo()
+    # The model computes as before.
     assert sample(policy, ["Hi"]) == sample(load(folders(kind), "plain", dtype=dtype), ["Hi"])
 
 
-def test_eager_attention_serves_where_ours_is_wrong(folders, monkeypatch):
-    def prefix_is_ignored(*args, shared_prefix=None, **kwargs):
-        return packed.packed_attention(*args, **kwargs)
+def without_prefix(*args, shared_prefix=None, **kwargs):
+    return packed.packed_attention(*args, **kwargs)
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "packed", prefix_is_ignored)
+
+refuse = Mock(side_effect=RuntimeError("not permitted"))
+
+
+@pytest.mark.parametrize("attention", [without_prefix, refuse])
+def test_eager_attention_serves_where_ours_is_wrong(folders, attention, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "packed", attention)
     policy = load(folders("llama"), "packed")
     assert isinstance(policy.engine, packed.PackedEngine)
     assert policy.model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_the_self_check_tells_a_wrong_mask_from_rounding(tmp_path, dtype, monkeypatch):
+def test_the_self_check_tells_a_wrong_mask_from_rounding(tmp_path, monkeypatch):
     """On a model whose attention scores are so large that 16 bits leave little of them."""
     folder = make_model(tmp_path, "granite", attention_multiplier=30.0, num_hidden_layers=6)
-    policy = load(folder, "packed", dtype=dtype)
+    policy = load(folder, "packed", dtype="bf16")
     assert isinstance(policy.engine, packed.PackedEngine)
-    ids = list(range(200))
-    eager, sdpa = (self_check.plain_logits(policy.model, ids, name) for name in ("eager", "sdpa"))
-    assert (eager - sdpa).abs().mean() > 0.2 * eager.abs().mean()
+    logits = functools.partial(self_check.plain_logits, policy.model, [*range(200)])
+    eager, sdpa = logits("eager"), logits("sdpa")
+    assert (eager - sdpa).abs().mean() > 0.3 * eager.abs().mean()
     monkeypatch.setattr(packed.Row, "mask", branches_attend_to_each_other)
-    assert type(load(folder, "packed", dtype=dtype).engine) is rl.PlainEngine
+    assert type(load(folder, "packed", dtype="bf16").engine) is rl.PlainEngine
 
 
 # ------------------------------------------------------------ memory
@@ -296,27 +275,20 @@ def fail(engine, calls, monkeypatch) -> list[tuple]:
     return tried
 
 
-def test_values_are_the_same_with_less_memory(folders, monkeypatch):
+def test_out_of_memory_changes_no_value_and_ends_in_one_clear_line(folders, monkeypatch):
     policy = load(folders("llama"), "packed", token_budget=80, slots=8)
     samples, expected = sample(policy), logprobs(policy, make_pairs())
     monkeypatch.setattr(packed, "MIN_TOKEN_BUDGET", 20)
-    # Two attempts fail at their second row, when a part of the gradient is computed.
+    # Two attempts fail at their second row, a part of the gradient computed.
     tried = fail(policy.engine, [2, 4], monkeypatch)
     found = policy.retry_on_oom(lambda: logprobs(policy, make_pairs()))
     assert list(dict.fromkeys(tried)) == [(False, 80, 8), (True, 80, 8), (True, 40, 4)]
     assert_equal_logprobs(found, expected)
     fail(policy.engine, [1, 3], monkeypatch)
     assert sample(policy) == samples and policy.engine.slots == 1
-
-
-def test_the_last_out_of_memory_is_one_clear_line(folders, monkeypatch):
-    policy = load(folders("llama"), "packed", slots=4)
-    tried = fail(policy.engine, range(1, 100), monkeypatch)
-    with pytest.raises(InputError, match="out of GPU memory .*--max-new-tokens") as caught:
+    fail(policy.engine, range(100), monkeypatch)
+    with pytest.raises(InputError, match="out of GPU memory .*; use a smaller --model, lower --"):
         sample(policy)
-    assert "\n" not in str(caught.value)
-    # Every attempt had less than the one before.
-    assert len(tried) == len(set(tried)) and tried[-1] == (True, packed.MIN_TOKEN_BUDGET, 1)
 
 
 def test_layers_are_recomputed_as_far_as_activations_do_not_fit(both, monkeypatch):
@@ -378,24 +350,12 @@ def test_captured_steps_pick_the_same_tokens(both, kind, min_prefix, monkeypatch
         assert sum(graph.replays for graph in graphs) > 2 * len(graphs) > 2
 
 
-def no_capture(work, pool):
-    raise RuntimeError("operation not permitted")
-
-
-@pytest.mark.parametrize(
-    "capture, reason",
-    [
-        (no_capture, "RuntimeError: operation not permitted"),
-        (lambda *_: types.SimpleNamespace(replay=lambda: None), "90% of its tokens differ"),
-        (Recorder, ""),
-    ],
-    ids=["fail", "compute-nothing", "work"],
-)
-def test_graphs_are_used_if_they(both, capture, reason, monkeypatch, capsys):
-    engine = both("llama")[0].engine
+@pytest.mark.parametrize("capture", [Recorder, refuse, Mock()], ids=["work", "fail", "do nothing"])
+def test_graphs_are_used_if_they(both, capture, monkeypatch, capsys):
+    engine, work = both("llama")[0].engine, capture is Recorder
     monkeypatch.setattr(packed, "capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(engine, "eos", set())
     monkeypatch.setattr(engine, "cuda_graph", False)
-    assert self_check.graphs_work(engine, [[*range(9)], [*range(20)]]) == (not reason)
-    assert capsys.readouterr().out == (f"  no CUDA graphs, slower: {reason}\n" if reason else "")
+    assert self_check.graphs_work(engine, [[*range(9)], [*range(20)]]) == work
+    assert ("no CUDA graphs, slower: " in capsys.readouterr().out) != work
