@@ -27,9 +27,10 @@ def try_create(model, eos: set[int], texts: list[list[int]], **limits) -> "Packe
     # eager serves what the packed attention cannot compute: softcaps and sinks.
     for attention in ("packed", "eager"):
         try:
-            # Once, before norms are fused.
-            exact = exact or [plain_logits(model, ids, "eager") for ids in texts]
-            limit = rounding_noise(model, exact, texts)
+            if not exact:
+                # Once, before norms are fused.
+                exact = [plain_logits(model, ids, "eager") for ids in texts]
+                limit = rounding_noise(model, exact, texts)
             reason = twin_error(decoder, config, attention)
             if reason:
                 continue
