@@ -3,19 +3,19 @@
 Prompts share a template, samples a prompt, verdicts an instruction and an answer. So most tokens
 of a GRPO step are repetitions, and padding adds more. This file removes both:
 
-    pack          sequences -> prefix trees, each laid out in one row with a tree attention mask
-    token_logprobs   log-probabilities without the full-vocabulary logits
-    Sampler       continuous batching: one prefill for shared prompts, slots that are refilled
-    PackedEngine  the interface of rl.PlainEngine, verified against the model when it is loaded
+    pack            sequences -> rows, see prefix_tree.py
+    Head            log-probabilities without the full-vocabulary logits
+    Sampler         continuous batching: shared prompts prefilled once, slots that are refilled
+    PackedEngine    the interface of rl.PlainEngine
 
-The model's own decoder and attention kernels do the work. They receive a 4-D additive mask and a
-Cache. Values and gradients equal rl.PlainEngine's up to rounding (tests/test_packed.py). A model
-for which that does not hold is served by the plain engine. Left out: paged attention (slots have a
-fixed length), custom kernels, hand-written backward passes. Nothing here knows of roles or LoRA.
+The model's own decoder does the work. It receives a 4-D additive mask and a Cache. Values and
+gradients equal rl.PlainEngine's up to rounding; self_check.py tests that when a model is loaded.
+Left out: paged attention, custom kernels, hand-written backward passes.
 """
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from extras.prefix_tree import Row, common_prefix, pack
 
 # Stands in a completion for a token that could not be sampled because a logit was NaN.
 INVALID_TOKEN = -1
@@ -45,6 +47,8 @@ GPU_MEMORY_SHARE, CPU_MEMORY_MIB = 0.8, 1024
 MIN_TOKEN_BUDGET = 128
 # CUDA graphs: batch sizes above 8 are rounded up to a multiple of 8, columns to a multiple of 64.
 GRAPH_SLOTS, GRAPH_COLUMNS = 8, 64
+# Gradient checkpointing of a function: recomputed(function, *tensors).
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -61,67 +65,6 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     target = uniform[:, None] * cdf[:, -1:]
     token = torch.searchsorted(cdf, target)[:, 0].clamp_max(logits.shape[-1] - 1)
     return token.masked_fill(target[:, 0].isnan(), INVALID_TOKEN)
-
-
-# ------------------------------------------------------------ prefix trees
-class Row:
-    """A prefix tree laid out in one row of L tokens, after `prefix` cached tokens."""
-
-    def __init__(self, prefix: int):
-        self.prefix = prefix
-        # (L,) every distinct token once, and its position id.
-        self.tokens, self.position_ids = np.empty((2, 0), np.int64)
-        # (start, end, before): start:end attend causally to each other, and to columns `before`.
-        self.segments: list[tuple[int, int, np.ndarray]] = []
-        # Per sequence: its index in the caller's list, and the indices of its tokens in the row.
-        self.members: list[int] = []
-        self.paths: list[np.ndarray] = []
-
-    def add(self, member: int, ids: np.ndarray, common: int) -> None:
-        """Append a sequence that shares its first `common` tokens with the last one."""
-        start, end = len(self.tokens), len(self.tokens) + len(ids) - common
-        shared = self.paths[-1][:common] if self.paths else np.empty(0, np.int64)
-        self.tokens = np.append(self.tokens, ids[common:])
-        depths = self.prefix + np.arange(common, len(ids))
-        self.position_ids = np.append(self.position_ids, depths)
-        if end > start:
-            before = np.append(np.arange(self.prefix), self.prefix + shared)
-            self.segments.append((start, end, before))
-        self.paths.append(np.append(shared, np.arange(start, end)))
-        self.members.append(member)
-
-    def mask(self) -> np.ndarray:
-        """(L, prefix + L) bool: True where a row's token attends to a column."""
-        mask = np.zeros((len(self.tokens), self.prefix + len(self.tokens)), bool)
-        for start, end, before in self.segments:
-            mask[start:end, before] = True
-            mask[start:end, self.prefix + start : self.prefix + end] = np.tri(end - start)
-        return mask
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common prefix of two arrays."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
-
-
-def pack(sequences: list[list[int]], budget: int, prefix: int = 0) -> Iterator[Row]:
-    """Sequences -> rows of at most `budget` distinct tokens. A longer sequence gets its own row.
-
-    The first `prefix` tokens are common to all and left out. In sorted order a sequence shares with
-    the tree so far what it shares with its predecessor, so each sequence adds one segment.
-    """
-    row = Row(prefix)
-    for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):
-        ids = np.asarray(sequences[i][prefix:], np.int64)
-        common = common_prefix(row.tokens[row.paths[-1]], ids) if row.members else 0
-        if row.members and len(row.tokens) + len(ids) - common > budget:
-            yield row
-            row, common = Row(prefix), 0
-        row.add(i, ids, common)
-    if row.members:
-        yield row
 
 
 # ------------------------------------------------------------ attention
@@ -254,11 +197,8 @@ class Head:
 
         if len(hidden) <= self.chunk:
             return chunk_logprobs(hidden, targets)
-        parts = [
-            checkpoint(chunk_logprobs, h, t, use_reentrant=False, preserve_rng_state=False)
-            for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk))
-        ]
-        return torch.cat(parts)
+        chunks = zip(hidden.split(self.chunk), targets.split(self.chunk))
+        return torch.cat([recomputed(chunk_logprobs, h, t) for h, t in chunks])
 
 
 # ------------------------------------------------------------ sampling
@@ -381,8 +321,7 @@ class Sampler:
         size = min(n, slots), min(round_up(width, GRAPH_COLUMNS), columns)
         if size in self.graphs:
             return self.graphs[size].replay()
-        # The first step of a size runs eagerly, which warms up the kernels. Then it is captured,
-        # which computes nothing, for the steps to come.
+        # The first step of a size runs eagerly. Capturing computes nothing.
         self._decode(*size)
         self.graphs[size] = capture(lambda: self._decode(*size), self.engine.graph_pool)
 
@@ -515,7 +454,7 @@ class PackedEngine:
         recompute = self._layers_to_recompute(len(row.tokens)) if torch.is_grad_enabled() else 0
         for i, layer in enumerate(reversed(self.layers)):
             layer.training = layer.gradient_checkpointing = i < recompute
-            layer._gradient_checkpointing_func = recompute_layer
+            layer._gradient_checkpointing_func = recomputed
         columns = np.concatenate([np.arange(row.prefix), row.position_ids])
         distance = row.position_ids[:, None] - columns
         visible, distance, tokens, position_ids = (
@@ -583,11 +522,6 @@ class PackedEngine:
         else:
             return False
         return True
-
-
-def recompute_layer(forward, *args):
-    """Gradient checkpointing of one decoder layer."""
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def layer_kinds(config) -> list[str]:

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from extras.packed import PackedEngine, Sampler, layer_kinds, pack
+from extras.packed import PackedEngine, Sampler, layer_kinds
+from extras.prefix_tree import pack
 
 # torch before 2.11 leaves its allocator broken when a capture fails.
 GRAPHS_ARE_SAFE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)

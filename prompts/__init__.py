@@ -1,4 +1,4 @@
-"""What the four roles are told, and how the Instructor's and the Follower's replies are read.
+"""Messages of the four roles, and the parsers of the Instructor's and the Follower's replies.
 
 A role's prompt is a list of chat messages. A last message of the assistant is an assistant
 prefill: the reply continues it. The wording is in the .txt files beside this one.
