@@ -31,8 +31,8 @@ from extras.prefix_tree import Row, common_prefix, pack
 
 # Stands in a completion for a token that could not be sampled because a logit was NaN.
 INVALID_TOKEN = -1
-# Distinct tokens per row. A GPU wants long rows. On a CPU attention under a mask costs L * L.
-TOKEN_BUDGET = {"cuda": 2048, "cpu": 512}
+# Distinct tokens per row, and queries per block of attention on a CPU.
+TOKEN_BUDGET, BLOCK = 2048, 256
 # Samples decoded side by side. More only make a step longer.
 MAX_SLOTS = {"cuda": 256, "cpu": 64}
 # EOS is checked every so many tokens, since a check waits for the GPU. Overrun tokens are cut.
@@ -69,39 +69,56 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 
 # ------------------------------------------------------------ attention
 def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, shared_prefix=None, **kwargs
+    module, query, key, value, attention_mask, scaling=None, blocks=(), shared_prefix=None, **kwargs
 ):
     """Attention under an additive mask, registered with transformers as "packed".
 
     query (n, H, q, D), key and value (n, h, W, D), mask (n or 1, 1, q, W) -> (n, q, H, D), None.
-    Rows on a GPU go to sdpa. Plain products are twice as fast as sdpa on a CPU, for decoding even
-    more, and let all samples of a decode step (q = 1) read a shared prefix in one place.
+    Rows on a GPU go to sdpa. On a CPU plain products are faster, and a row is computed in blocks,
+    (start, end, columns): queries start:end attend to no other columns.
     """
     if query.is_cuda and query.shape[2] > 1:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
+    query = query * (scaling or query.shape[-1] ** -0.5)
+    prefix = shared_prefix.kv[module.layer_idx] if shared_prefix is not None else None
+    if not blocks:
+        out = attend(query, key, value, attention_mask, prefix)
+    else:
+        parts = [
+            attend(query[:, :, i:j], key[:, :, c], value[:, :, c], attention_mask[:, :, i:j, c])
+            for i, j, c in blocks
+        ]
+        out = torch.cat(parts, 2)
+    return out.transpose(1, 2), None
+
+
+def attend(query, key, value, mask, prefix=None) -> Tensor:
+    """Scaled query (n, H, q, D), key and value (n, h, W, D), mask (n or 1, 1, q, W) -> as query.
+
+    prefix: keys and values (1, h, P, D) before these, common to all n samples. q is 1 then, so the
+    queries of all samples form one matrix and the prefix is read once.
+    """
     n, heads, length, dim = query.shape
     kv_heads, groups = key.shape[1], heads // key.shape[1]
     # The query heads of one key head form one matrix: (n * h, H / h * q, D).
-    query = query.reshape(n * kv_heads, groups * length, dim) * (scaling or dim**-0.5)
-    mask = attention_mask.expand(n, kv_heads, -1, -1).flatten(0, 1)
+    query = query.reshape(n * kv_heads, groups * length, dim)
+    mask = mask.expand(n, kv_heads, -1, -1).flatten(0, 1)
     if length > 1:
         mask = mask.repeat(1, groups, 1)
     key, value = key.flatten(0, 1), value.flatten(0, 1)
     scores = torch.baddbmm(mask, query, key.mT)
-    if shared_prefix is None:
-        out = scores.softmax(-1) @ value
-    else:
-        prefix_key, prefix_value = (t[0] for t in shared_prefix.kv[module.layer_idx])
-        # (h, n * H / h, D): the queries of all samples, so that the prefix is read once.
-        rows = query.unflatten(0, (n, kv_heads)).transpose(0, 1).flatten(1, 2)
-        far = (rows @ prefix_key.mT).unflatten(1, (n, groups)).transpose(0, 1).flatten(0, 1)
-        weights = torch.cat([far, scores], -1).softmax(-1)
-        far, near = weights.split([far.shape[-1], scores.shape[-1]], -1)
-        rows = far.unflatten(0, (n, kv_heads)).transpose(0, 1).flatten(1, 2) @ prefix_value
-        out = rows.unflatten(1, (n, groups)).transpose(0, 1).flatten(0, 1) + near @ value
-    return out.view(n, heads, length, dim).transpose(1, 2), None
+    if prefix is None:
+        return (scores.softmax(-1) @ value).view(n, heads, length, dim)
+    # (h, n * H / h, D) against (h, P, D).
+    rows = query.unflatten(0, (n, kv_heads)).transpose(0, 1).flatten(1, 2)
+    far = (rows @ prefix[0][0].mT).unflatten(1, (n, groups)).transpose(0, 1).flatten(0, 1)
+    weights = torch.cat([far, scores], -1).softmax(-1)
+    far, near = weights.split([far.shape[-1], scores.shape[-1]], -1)
+    rows = far.unflatten(0, (n, kv_heads)).transpose(0, 1).flatten(1, 2) @ prefix[1][0]
+    out = rows.unflatten(1, (n, groups)).transpose(0, 1).flatten(0, 1) + near @ value
+    return out.view(n, heads, length, dim)
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -378,7 +395,7 @@ class PackedEngine:
         self.head = Head(lm_head, config)
         self.device, self.dtype = lm_head.weight.device, decoder.dtype
         self.cuda = self.device.type == "cuda"
-        self.token_budget = token_budget or TOKEN_BUDGET[self.device.type]
+        self.token_budget = token_budget or TOKEN_BUDGET
         self.slots = slots or MAX_SLOTS[self.device.type]
         self.layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
         # Attention kind -> its window in tokens, None for full attention.
@@ -387,7 +404,8 @@ class PackedEngine:
         self.windows = {kind: None if kind == "full_attention" else window for kind in kinds}
         # Samples up to this length may share a prefix: no window ends within them.
         self.max_sharing_length = min((w for w in self.windows.values() if w), default=math.inf)
-        if config._attn_implementation != "packed":
+        self.packed = config._attn_implementation == "packed"
+        if not self.packed:
             self.max_sharing_length = 0
         # Decode steps are captured as CUDA graphs. try_create() decides.
         self.cuda_graph = False
@@ -404,12 +422,7 @@ class PackedEngine:
     def logprobs(self, pairs: list, temperature: float = 1.0) -> Iterator[tuple[list, list]]:
         """As rl.PlainEngine.logprobs, one packed row at a time."""
         # A completion's last token predicts nothing, so it is not in the row.
-        sequences = [prompt + done[:-1] for prompt, done in pairs]
-        budget = self.token_budget
-        if sequences and not self.recompute_all:
-            # A long prompt shares its row with some completions.
-            budget = max(budget, max(map(len, sequences)) * 3 // 2)
-        for row in pack(sequences, budget):
+        for row in pack([prompt + done[:-1] for prompt, done in pairs], self.token_budget):
             hidden = self._forward(row)
             sizes = [len(pairs[i][1]) for i in row.members]
             nodes = np.concatenate([path[len(path) - n :] for path, n in zip(row.paths, sizes)])
@@ -457,16 +470,22 @@ class PackedEngine:
             layer._gradient_checkpointing_func = recomputed
         columns = np.concatenate([np.arange(row.prefix), row.position_ids])
         distance = row.position_ids[:, None] - columns
+        mask = row.mask()
         visible, distance, tokens, position_ids = (
             torch.from_numpy(x).to(self.device)[None]
-            for x in (row.mask(), distance, row.tokens, row.position_ids)
+            for x in (mask, distance, row.tokens, row.position_ids)
         )
+        blocks = []
+        for i in range(0, len(mask), BLOCK if not self.cuda and self.packed else len(mask)):
+            block = mask[i : i + BLOCK]
+            blocks.append((i, i + len(block), torch.from_numpy(np.flatnonzero(block.any(0)))))
         out = self.decoder(
             input_ids=tokens,
             position_ids=position_ids,
             attention_mask=self._masks(visible, distance),
             cache=cache,
             use_cache=cache is not None,
+            **({"blocks": blocks} if len(blocks) > 1 else {}),
         )
         return out.last_hidden_state[0]
 
@@ -505,8 +524,9 @@ class PackedEngine:
         hidden = tokens * self.config.hidden_size * self.dtype.itemsize
         kept = 9 * hidden + 4 * tokens * int(np.max(inner)) * self.dtype.itemsize
         if not self.cuda:
-            # The attention weights. (sdpa keeps none.)
-            kept += self.config.num_attention_heads * tokens**2 * self.dtype.itemsize
+            # The attention weights, taken to be of 4 blocks per token. (sdpa keeps none.)
+            columns = min(tokens, 4 * BLOCK)
+            kept += self.config.num_attention_heads * tokens * columns * self.dtype.itemsize
         # A recomputed layer keeps its input.
         affordable = (self.memory_limit() - layers * hidden) / (kept - hidden)
         return layers - min(layers, max(0, int(affordable)))
