@@ -2,7 +2,7 @@
 
     Judge.accept      proposals -> questions, or the reason why one is rejected
     Judge.score       answers -> one verdict per constraint
-    calibrate         is the model better than chance as Judger and as Filter?
+    Judge.calibrate   is the model better than chance as Judger and as Filter?
     instructor_rewards, follower_rewards
 
 A constraint with a verifier is decided by code (extras/verifiers.py). The rest goes to `ask`, a
@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from extras.calibration import UNCALIBRATED, Calibration, calibrate, with_contradiction
+from extras.calibration import UNCALIBRATED, Calibration, auc_calibration, with_contradiction
 from extras.constraint_parser import MAX_CONSTRAINT_CHARS, parse_constraint
 from extras.verifiers import WORD, check, count_intervals, find_contradiction, is_decidable
 from prompts import (
@@ -28,8 +28,6 @@ from prompts import (
     judge_messages,
     parse_proposal,
 )
-
-__all__ = ["Question", "check", "parse_constraint", "rule_filter"]
 
 FILTERS, JUDGES = ("llm", "code", "rules", "off"), ("hybrid", "llm")
 INSTRUCTOR_REWARDS = ("hardest", "frontier")
@@ -183,11 +181,11 @@ class Judge:
         half = max_cases // 2
         cases = [c for c in cases if c[3]][:half] + [c for c in cases if c[3] is False][:half]
         ps = self.ask([judge_messages(q, a, q.constraints[k]) for q, k, a, _ in cases])
-        self.judger = calibrate(ps, [truth for *_, truth in cases])
+        self.judger = auc_calibration(ps, [truth for *_, truth in cases])
         pool = [c for q in examples for c in q.constraints]
         clashing = [q for q in (with_contradiction(q, pool) for q in examples) if q]
         ps = self.ask([filter_messages(q) for q in examples + clashing])
-        self.filter = calibrate(ps, [True] * len(examples) + [False] * len(clashing))
+        self.filter = auc_calibration(ps, [True] * len(examples) + [False] * len(clashing))
 
     def accept(self, proposals: list) -> list:
         """Sets .question or .rejected of the Instructor's samples. Returns the accepted ones.

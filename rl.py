@@ -7,10 +7,11 @@ It sees token ids and rewards. Constraints and turns belong to judge.py and seif
     Policy        the model, its adapters, an engine
     grpo_step     group advantages, clipped ratio, k3 KL            (Shao et al. 2024, equation 3)
 
-PlainEngine is the definition. extras/packed.py computes the same several times faster. Left out of
-GRPO: value network, reward model, padding, merged weights, entropy bonus, distributed training.
+PlainEngine is the definition. extras/packed.py computes the same several times faster. Left out:
+value network, learned reward model, padding, merged weights, entropy bonus, multi-GPU training.
 """
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -163,7 +164,7 @@ class Sample:
     text: str
     # Whether it ended with an EOS. If not, it was cut at the token limit.
     ended: bool
-    # By judge.py: question, why a proposal is rejected, judged part, a verdict per constraint.
+    # Set by judge.py.
     question: Any = None
     rejected: str = ""
     answer: str = ""
@@ -204,11 +205,11 @@ class Policy:
         if not targets:
             reason = f"no Linear layer of at least --lora-rank {self.rank} (GPT-2's are Conv1D)"
             raise InputError(f"--model {self.name}: {reason}")
+        for module in self.model.modules():
+            # bitsandbytes would repack weights for an inference kernel without gradients.
+            module.support_avx512bf16_for_cpu = False
         for name in targets:
             parent, _, leaf = name.rpartition(".")
-            # bitsandbytes would repack weights for a bf16 kernel of its own at the first call
-            # without gradients. Sampling and training would then disagree.
-            self.model.get_submodule(name).support_avx512bf16_for_cpu = False
             layer = self.lora[name] = LoRALinear(self.model.get_submodule(name))
             setattr(self.model.get_submodule(parent), leaf, layer)
 
@@ -356,10 +357,11 @@ class Policy:
                     fix = "a smaller --model, lower --max-new-tokens or --prompts-per-step"
                     raise InputError(f"out of GPU memory ({error}); use {fix}") from error
             # Outside of the handler: the exception holds what the failed attempt allocated.
+            # subtle: a Sampler and its generator are a reference cycle.
+            gc.collect()
             torch.cuda.empty_cache()
 
 
-# ------------------------------------------------------------ loading
 def load(
     model: str, bits=4, device=None, rank=16, alpha=32.0, engine="packed", dtype="auto", **limits
 ) -> Policy:

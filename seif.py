@@ -19,7 +19,6 @@ import functools
 import inspect
 import logging
 import math
-import os
 import random
 import re
 import sys
@@ -48,7 +47,6 @@ from prompts import MAX_FEW_SHOT, Question, few_shot_examples, follower_messages
 from rl import ADVANTAGES, DTYPES, Policy, Sample, load
 
 # The libraries' progress bars and notes would drown ours. Their errors are exceptions.
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -79,16 +77,16 @@ class Config:
     turns: int = 3  # rounds of self-evolution
     prompts_per_step: int = 16  # prompts per training step
     group_size: int = 8  # samples per prompt
-    instructor_steps: str = "4,2"  # steps in turn 1, 2, ...; the last holds on; empty: one epoch
+    instructor_steps: str = "4,2"  # steps in turn 1, 2, ...; the last repeats; empty: one epoch
     follower_steps: str = "30,12"  # the same; empty: 3 epochs in turn 1, then 1
-    questions_per_turn: int = 128  # size of q_T; 0: one question per seed question
+    questions_per_turn: int = 128  # seed questions used for q_T, so its largest size; 0: all
     hard_fraction: float = 1.0  # share of verifiable questions; the rest needs the LLM judge
     few_shot: int = 4  # examples in the Instructor's prompt
     think: bool = False  # require <think>..</think><answer>..</answer>
     filter: str = "rules"  # rules, code, llm (code, then the model), off; see Judge.accept
     min_words: int = 30  # the Filter rejects instructions that allow fewer words
     judge: str = "hybrid"  # hybrid: verifiers where they decide, else the model; llm: the model
-    trust_judge: bool = False  # use the LLM judge even if calibration finds it unreliable
+    trust_judge: bool = False  # use the LLM Judger even if it is not reliable (not the Filter)
     instructor_reward: str = "hardest"  # hardest: 1 - r; frontier: 4 r (1 - r)
     relevance_gate: float = 0.0  # reward 0 below this quantile of the snapshot's relevance (PMI)
     temperature: float = 0.8  # Follower sampling temperature
@@ -100,7 +98,7 @@ class Config:
     lora_rank: int = 16  # LoRA rank; alpha is twice as much
     max_new_tokens: int = 256  # token limit of an answer; cut-off answers get reward 0
     max_proposal_tokens: int = 160  # token limit of a proposal
-    max_prompt_tokens: int = 1024  # longer seed questions are skipped and counted
+    max_prompt_tokens: int = 1024  # of an instruction; seed questions over 3/4 of it are skipped
     eval_rows: int = 0  # held-out rows and questions evaluated per turn; 0: all
     logger: str = "none"  # none, wandb, tensorboard, trackio; beside log.jsonl
 
@@ -194,6 +192,7 @@ def train(cfg: Config) -> None:
     with open_run(cfg) as run:
         cfg, policy, judge = run.cfg, run.policy, run.judge
         for turn in range(run.turn, cfg.turns + 1):
+            # ref_instructor, ref_follower: frozen copies, unless a turn is resumed.
             run.start_turn()
             if run.remaining("calibration", int(uses_model(cfg))):
                 calibrate(run, run.seed_rngs())
@@ -219,7 +218,7 @@ def train(cfg: Config) -> None:
                 for role in TRAINED_ROLES:
                     save_adapter(policy, role, run.folder / f"turn{turn}" / role)
                 base_answers = flat(
-                    answer(run, run.base, questions[: cfg.eval_rows or None], 1, 0.0)
+                    answer(run, run.baseline, questions[: cfg.eval_rows or None], 1, 0.0)
                 )
                 judge.score(base_answers)
                 figures = evaluate.evaluate_turn(run)
@@ -319,6 +318,7 @@ COMMANDS = {"eval": evaluate.main, "chat": chat.main, "plot": plot.main, "merge"
 
 def main(argv: list[str]) -> int:
     """Run a command. User errors end in one line and exit status 2."""
+    resumes = "" if argv and argv[0] in COMMANDS else "; the same command resumes the run"
     try:
         if argv and argv[0] in COMMANDS:
             if len(argv) == 1:
@@ -333,10 +333,10 @@ def main(argv: list[str]) -> int:
         print(f"seif: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (OSError, SafetensorError) as error:
-        print(f"seif: {error}; nothing saved is lost, the same command resumes", file=sys.stderr)
+        print(f"seif: {error}{resumes}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nseif: stopped; the same command resumes from the last state", file=sys.stderr)
+        print(f"\nseif: stopped{resumes}", file=sys.stderr)
         return 130
 
 

@@ -36,7 +36,7 @@ class Calibration:
 UNCALIBRATED = Calibration(auc=math.nan, low=1.0, high=1.0, threshold=0.5, cases=0)
 
 
-def calibrate(ps: list[float], truth: list[bool]) -> Calibration:
+def auc_calibration(ps: list[float], truth: list[bool]) -> Calibration:
     """AUC with Hanley and McNeil's interval (1982). With too few cases auc is NaN, not reliable."""
     known = [(p, t) for p, t in zip(ps, truth) if not math.isnan(p)]
     positive = [p for p, t in known if t]

@@ -130,7 +130,7 @@ def pmi_quantile(policy, role, pairs: list, cfg, quantile: float = 0.05) -> floa
 
 def gate(run, questions: list, samples: list) -> None:
     """Reward 0 below a quantile of the PMI of the snapshot Follower's own answers to q_T."""
-    if run.turn not in getattr(run, "gate_threshold", {}):
+    if run.turn not in run.gate_threshold:
         pairs = [(q.instruction, q.seed_question) for q in questions]
         value = pmi_quantile(run.policy, "ref_follower", pairs, run.cfg, run.cfg.relevance_gate)
         run.gate_threshold = {run.turn: -np.inf if value is None else value}
@@ -208,7 +208,7 @@ def evaluate_turn(run) -> dict[str, dict]:
     path = folder / "base.json"
     if not path.exists():
         threshold = pmi_quantile(policy, None, [(row["seed_question"],) * 2 for row in rows], cfg)
-        base, records = evaluate(policy, run.base, rows, cfg, threshold, MAX_SCORED)
+        base, records = evaluate(policy, run.baseline, rows, cfg, threshold, MAX_SCORED)
         data.write_atomic(folder / "heldout_base.jsonl", data.to_jsonl(records).encode())
         data.write_atomic(path, data.to_jsonl([{**base, "threshold": threshold}]).encode())
     base = read_base(folder)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from extras import data, evaluate, smollm2
 from extras.verifiers import category
-from judge import Verdict, parsed_constraints, satisfaction, uses_model
+from judge import Verdict, is_echo, parsed_constraints, satisfaction, uses_model
 
 LOGGERS = ("none", "wandb", "tensorboard", "trackio")
 # samples.md keeps the last ones of each turn and stage.
@@ -35,13 +35,15 @@ FIXES = {
 
 
 def no_reward_reason(sample) -> str:
-    """Why a proposal or an answer has reward 0 or none, or "equal rewards"."""
+    """Why a sample cannot carry a gradient. "equal rewards" for all that have a verdict."""
     if sample.rejected:
         return sample.rejected
     if not sample.ended:
         return "answer cut off"
     if not sample.answer:
         return "answer empty"
+    if is_echo(sample.question, sample.answer):
+        return "answer echoes the instruction"
     return "equal rewards" if satisfaction(sample.verdicts) is not None else "no verdict"
 
 
@@ -76,7 +78,7 @@ class Log:
     def __init__(self, run):
         self.path = run.folder / "log.jsonl"
         self.rows = [row for _, row in data.read_jsonl(self.path)]
-        self.folder, self.cfg, self.heldout = run.folder, run.cfg, run.heldout
+        self.folder, self.cfg = run.folder, run.cfg
         self.warned: set[str] = set()
         self.external = external_logger(run.cfg)
         total = 0
@@ -128,13 +130,15 @@ class Log:
             verdict = "reliable" if result.reliable else "not reliable"
             self.bar.write(f"{name}: {auc} on {result.cases} cases with known truth; {verdict}")
         if not judge.trusts_model:
-            self.bar.write("no soft questions: no verdict would be known; see --trust-judge")
+            self.bar.write(
+                "the model does not judge: only verifiable constraints are used; see --trust-judge"
+            )
         if judge.filter_mode != self.cfg.filter:
             self.bar.write(f"the filter is {judge.filter_mode}")
         return {"judger": vars(judge.judger), "filter": vars(judge.filter)}
 
     def evaluation(self, figures: dict, base_answers: list) -> dict:
-        """Row of the end of a turn. base_answers: the base model's, to this turn's questions."""
+        """Row of the end of a turn. base_answers: the baseline's, to this turn's questions."""
         return {**figures, "base_r_on_questions": mean_r(base_answers)}
 
     # -------------------------------------------- output
@@ -148,14 +152,17 @@ class Log:
         for name, text in warnings(self.rows).items():
             if name not in self.warned:
                 self.warned.add(name)
-                self.bar.write(f"warning: {text}")
+                self.bar.write(f"warning: {text} (in a new --out)")
         if self.external:
             numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+            for key in ("heldout_base", "heldout_follower", "judger", "filter"):
+                for k, v in row.get(key, {}).items():
+                    if isinstance(v, (int, float)):
+                        numbers[f"{key}/{k}"] = v
             self.external({f"{row['stage']}/{k}": v for k, v in numbers.items()}, len(self.rows))
         if row["stage"] == "evaluation":
             self.bar.write(turn_table(self.rows))
-            if self.heldout:
-                self.bar.write(evaluate.verdict_line(self.folder, row["turn"]))
+            self.bar.write(evaluate.verdict_line(self.folder, row["turn"]))
             write_samples(self.folder / "samples.md", self.rows)
 
     def close(self) -> None:

@@ -14,7 +14,8 @@ class Row:
     def __init__(self, prefix: int):
         self.prefix = prefix
         # (L,) every distinct token once, and its position id.
-        self.tokens, self.position_ids = np.empty((2, 0), np.int64)
+        self.tokens = np.empty(0, np.int64)
+        self.position_ids = np.empty(0, np.int64)
         # (start, end, before): start:end attend causally to each other, and to columns `before`.
         self.segments: list[tuple[int, int, np.ndarray]] = []
         # Per sequence: its index in the caller's list, and the indices of its tokens in the row.

@@ -69,16 +69,18 @@ class Run:
             check_context(self.cfg, self.policy, uses_model(self.cfg))
             self.seed_questions = self._short_enough(seed_questions)
             self.optimizers = {role: self._add_role(role, i) for i, role in enumerate(roles)}
-            # The policy that the Follower is compared with. None is the base model.
-            self.base = "init_follower" if cfg.init_follower else None
-            if self.base:
-                self.policy.copy("follower", self.base)
+            # Role that the Follower is compared with: None is the base model.
+            self.baseline = "init_follower" if cfg.init_follower else None
+            if self.baseline:
+                self.policy.copy("follower", self.baseline)
             self.judge = Judge(self.cfg, self.ask, self.fits)
             self.turn, self.global_step, self.skipped_steps = 1, 0, 0
             # Steps per stage of this turn: finished ones, and those that train() came past.
             self.done, self.scheduled = Counter(), Counter()
             # Size of this turn's q_T, once it is written.
             self.num_questions: int | None = None
+            # Turn -> PMI below which an answer gets reward 0, see evaluate.gate().
+            self.gate_threshold: dict[int, float] = {}
             self.saved = self.step_start = time.time()
             resume(self)
             self.log = Log(self)
@@ -132,7 +134,11 @@ class Run:
     def num_steps(self, role: str, turn: int, num_questions: int | None = None) -> int:
         """As set, else epochs: 3 for the Follower in turn 1, SEIF's front-loading, 1 otherwise."""
         steps = getattr(self.cfg, f"{role}_steps").split(",")
-        rows = len(self.seed_questions) if num_questions is None else num_questions
+        rows = num_questions
+        if rows is None:
+            rows = len(self.seed_questions)
+            if role == "follower":
+                rows = min(self.cfg.questions_per_turn or rows, rows)
         if steps[0] and rows:
             return int(steps[min(turn, len(steps)) - 1])
         epochs = 3 if (role, turn) == ("follower", 1) else 1
@@ -162,7 +168,7 @@ class Run:
         void = metrics["skipped"] and not metrics["updates"]
         self.skipped_steps = self.skipped_steps + 1 if void else 0
         if self.skipped_steps == MAX_SKIPPED_STEPS:
-            fix = f"lower --lr or raise --kl-coef; {self.folder} holds the last good state"
+            fix = "start again with another --out and a lower --lr or a higher --kl-coef"
             raise InputError(f"{self.skipped_steps} steps without a finite gradient; {fix}")
         return metrics
 
@@ -213,7 +219,7 @@ class Run:
         self.num_questions = len(questions)
 
     def read_questions(self) -> list[Question]:
-        """q_T of the current turn. InputError if it is not as written."""
+        """q_T of the current turn. InputError if lines are missing or malformed."""
         path = self.folder / f"turn{self.turn}" / "questions.jsonl"
         return read_questions(path, self.num_questions)
 
@@ -231,6 +237,7 @@ def open_folder(cfg) -> tuple:
         fix = "give another --out, or stop that run"
         raise InputError(f"{folder}: another run is writing here; {fix}") from error
     except (OSError, ValueError, TypeError) as error:
+        lock.release()
         fix = f"repair or delete {path.name}, or give another --out"
         raise InputError(f"{folder}: cannot be used as a run folder ({error}); {fix}") from error
     if cfg.dtype == "auto":

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from extras.data import InputError
 from extras.packed import PackedEngine, Sampler, layer_kinds
 from extras.prefix_tree import pack
 
@@ -30,8 +31,9 @@ def try_create(model, eos: set[int], texts: list[list[int]], **limits) -> "Packe
         try:
             if not exact:
                 # Once, before norms are fused.
-                exact = [plain_logits(model, ids, "eager") for ids in texts]
-                limit = rounding_noise(model, exact, texts)
+                eager = [plain_logits(model, ids, "eager") for ids in texts]
+                limit = rounding_noise(model, eager, texts)
+                exact = eager
             reason = twin_error(decoder, config, attention)
             if reason:
                 continue
@@ -45,8 +47,8 @@ def try_create(model, eos: set[int], texts: list[list[int]], **limits) -> "Packe
                 can_capture = engine.cuda and GRAPHS_ARE_SAFE
                 engine.cuda_graph = can_capture and graphs_work(engine, texts)
                 return engine
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"out of GPU memory ({error}); use a smaller --model") from error
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
     print(f"  plain engine, slower: packing is not exact for this model ({reason})")

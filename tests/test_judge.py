@@ -17,7 +17,7 @@ import prompts
 import rl
 import seif
 from extras import calibration, data, verifiers
-from extras.calibration import Calibration, calibrate
+from extras.calibration import Calibration, auc_calibration
 from judge import Question, Verdict, parse_constraint, rule_filter
 from prompts import NUM_CONSTRAINTS, extract_answer, few_shot_examples, parse_proposal
 
@@ -204,17 +204,17 @@ def test_instructor_reward_of_what_the_snapshot_fails(shape, rewards):
 def test_reliable_means_significantly_better_than_chance(monkeypatch):
     rng, truth = random.Random(0), [True, False] * 64
     useful = [t * 0.5 + rng.random() for t in truth]
-    assert calibrate(useful, truth).reliable
-    assert not calibrate([1 - p for p in useful], truth).reliable
-    assert not calibrate([rng.random() for _ in truth], truth).reliable
-    assert calibrate([0.3, 0.2, 0.1] * 10, [True, True, False] * 10).threshold == 0.2
+    assert auc_calibration(useful, truth).reliable
+    assert not auc_calibration([1 - p for p in useful], truth).reliable
+    assert not auc_calibration([rng.random() for _ in truth], truth).reliable
+    assert auc_calibration([0.3, 0.2, 0.1] * 10, [True, True, False] * 10).threshold == 0.2
     # Too few cases of one kind, however well they are separated.
     for truth in ([], [True] * 100 + [False] * 9, [True] * 9 + [False] * 100):
-        result = calibrate([float(t) for t in truth], truth)
+        result = auc_calibration([float(t) for t in truth], truth)
         assert not result.reliable and math.isnan(result.auc)
     # Hanley and McNeil's interval by hand: AUC = 3/4 of 2 x 2 cases, Q1 = 0.6, Q2 = 0.642857.
     monkeypatch.setattr(calibration, "MIN_CASES", 1)
-    result = calibrate([0.9, 0.3, math.nan, 0.5, 0.1], [True, True, True, False, False])
+    result = auc_calibration([0.9, 0.3, math.nan, 0.5, 0.1], [True, True, True, False, False])
     variance = 0.75 * 0.25 + (0.6 - 0.75**2) + (0.642857 - 0.75**2)
     assert (result.auc, result.high, result.cases, result.threshold) == (0.75, 1.0, 4, 0.5)
     assert result.low == pytest.approx(0.75 - 1.96 * math.sqrt(variance / 4), rel=1e-4)

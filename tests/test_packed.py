@@ -294,8 +294,8 @@ def test_out_of_memory_changes_no_value_and_ends_in_one_clear_line(folders, monk
 
 def test_layers_are_recomputed_as_far_as_activations_do_not_fit(both, monkeypatch):
     policy, pairs = both("llama")[0], [([5] * 30, list(range(170)))]
-    expected, checkpoint = logprobs(policy, pairs), Mock(wraps=packed.checkpoint)
-    monkeypatch.setattr(packed, "checkpoint", checkpoint)
+    expected, checkpoint = logprobs(policy, pairs), Mock(wraps=packed.recomputed)
+    monkeypatch.setattr(packed, "recomputed", checkpoint)
     for mib, calls in ((64, 0), (1.5, 1), (0.1, 1 + 2)):
         monkeypatch.setattr(policy.engine, "memory_limit", lambda mib=mib: mib * 2**20)
         assert_equal_logprobs(logprobs(policy, pairs), expected)
