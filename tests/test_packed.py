@@ -221,9 +221,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_self_check_refuses_and_restores_with_a_wrong(
-    folders, fault, dtype, monkeypatch, capsys
-):
+def test_the_self_check_refuses_a_wrong(folders, fault, dtype, monkeypatch, capsys):
     kind, *place = FAULTS[fault]
     monkeypatch.setattr(*place)
     policy = load(folders(kind), "packed", dtype=dtype)
@@ -294,12 +292,12 @@ def test_out_of_memory_changes_no_value_and_ends_in_one_clear_line(folders, monk
 
 def test_layers_are_recomputed_as_far_as_activations_do_not_fit(both, monkeypatch):
     policy, pairs = both("llama")[0], [([5] * 30, list(range(170)))]
-    expected, checkpoint = logprobs(policy, pairs), Mock(wraps=packed.recomputed)
-    monkeypatch.setattr(packed, "recomputed", checkpoint)
+    expected, recomputed = logprobs(policy, pairs), Mock(wraps=packed.recomputed)
+    monkeypatch.setattr(packed, "recomputed", recomputed)
     for mib, calls in ((64, 0), (1.5, 1), (0.1, 1 + 2)):
         monkeypatch.setattr(policy.engine, "memory_limit", lambda mib=mib: mib * 2**20)
         assert_equal_logprobs(logprobs(policy, pairs), expected)
-        assert checkpoint.call_count == calls
+        assert recomputed.call_count == calls
 
 
 # ------------------------------------------------------------ CUDA graphs
