@@ -131,7 +131,8 @@ def test_the_gate_gives_reward_0_below_a_quantile_of_the_snapshot(monkeypatch):
     greedy = lambda policy, role, *_: roles.append(role) or [answer(a) for a in "bdf"]
     monkeypatch.setattr(evaluate, "greedy_answers", greedy)
     monkeypatch.setattr(evaluate, "pmi", lambda _, pairs, pool: [ord(a) for _, a in pairs])
-    run = types.SimpleNamespace(turn=2, cfg=seif.Config(relevance_gate=0.5), policy=None)
+    cfg = seif.Config(relevance_gate=0.5)
+    run = types.SimpleNamespace(turn=2, cfg=cfg, policy=None, gate_threshold={})
     for _ in range(2):
         samples = [answer(letter, reward=0.5, question=questions[0]) for letter in "bdf"]
         evaluate.gate(run, questions, samples)

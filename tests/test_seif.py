@@ -154,7 +154,7 @@ def test_a_model_that_is_not_reliable_is_not_used(setup, tmp_path, monkeypatch, 
     cfg = tiny.config(tmp_path, "run", **ONE_STEP, hard_fraction=0.5, filter="llm")
     seif.train(cfg)
     text = "".join(capsys.readouterr())
-    assert re.search("Judger: AUC 0.50 .*no soft questions.*filter is rules", text, re.S)
+    assert re.search("Judger: AUC 0.50 .*only verifiable constraints.*filter is rules", text, re.S)
     assert '"kind": "soft"' not in (tmp_path / "run/turn1/questions.jsonl").read_text()
     assert ask.call_count == 2 and not seif.open_run(cfg).judge.trusts_model
 
