@@ -74,10 +74,10 @@ def packed_attention(
     """Attention under an additive mask, registered with transformers as "packed".
 
     query (n, H, q, D), key and value (n, h, W, D), mask (n or 1, 1, q, W) -> (n, q, H, D), None.
-    Rows on a GPU go to sdpa. On a CPU plain products are faster, and a row is computed in blocks,
-    (start, end, columns): queries start:end attend to no other columns.
+    A GPU takes sdpa, but for a shared prefix. On a CPU plain products are faster, and a row is
+    computed in blocks (start, end, columns): queries start:end attend to no other columns.
     """
-    if query.is_cuda and query.shape[2] > 1:
+    if query.is_cuda and shared_prefix is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )

@@ -164,8 +164,8 @@ def graphs_work(engine: PackedEngine, texts: list[list[int]]) -> bool:
     """Whether greedy decoding by CUDA graphs gives the eager steps' tokens. Prints if not."""
     uniform = torch.full((len(texts), 4, 24), 0.5)
     expected = torch.tensor(engine.sample(texts, uniform, 0.0))
-    engine.cuda_graph, engine.graph_pool = True, torch.cuda.graph_pool_handle()
     try:
+        engine.cuda_graph, engine.graph_pool = True, torch.cuda.graph_pool_handle()
         found = torch.tensor(engine.sample(texts, uniform, 0.0))
         # Rounding may change a token now and then. A wrong graph changes most.
         differ = (found != expected).float().mean().item()
