@@ -14,12 +14,22 @@ Sources: SEIF (arXiv 2605.07465). The verifiable constraints are IFEval's (arXiv
 
 import math
 import re
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from extras.calibration import UNCALIBRATED, Calibration, auc_calibration, with_contradiction
 from extras.constraint_parser import MAX_CONSTRAINT_CHARS, parse_constraint
-from extras.verifiers import WORD, check, count_intervals, find_contradiction, is_decidable
+from extras.verifiers import (
+    VERIFIERS,
+    WORD,
+    category,
+    check,
+    count_intervals,
+    find_contradiction,
+    is_decidable,
+)
 from prompts import (
     NUM_CONSTRAINTS,
     Question,
@@ -29,8 +39,16 @@ from prompts import (
     parse_proposal,
 )
 
-FILTERS, JUDGES = ("llm", "code", "rules", "off"), ("hybrid", "llm")
-INSTRUCTOR_REWARDS = ("hardest", "frontier")
+FILTERS, JUDGES = ("llm", "code", "rules", "off"), ("hybrid", "trusted", "llm")
+INSTRUCTOR_REWARDS, PENALTIES = ("hardest", "frontier"), ("length", "repetition")
+# With the penalty "length" the reward of shorter answers is lower in proportion.
+MIN_ANSWER_WORDS = 20
+# An answer repeats itself below this share of distinct trigrams, or of bytes when compressed.
+MIN_DISTINCT, MIN_COMPRESSED = 0.6, 0.32
+# Most questions of q_T with an upper bound of length. They teach to answer briefly.
+MAX_BOUNDED = 1 / 8
+# A line of a seed question that looks like an option: a mark before it, or no full stop after it.
+OPTION = r"(?:[-*•]|\(?\w{1,2}[.):])\s.*|.*[^.?!:]"
 # English words per token, to reject "at least 500 words" under a limit of 128 tokens.
 WORDS_PER_TOKEN = 0.75
 Ask = Callable[[list[list[dict]]], list[float]]
@@ -78,10 +96,33 @@ def rule_filter(
     # As in SEIF, the hard constraints of an instruction are of different categories.
     if question.kind == "hard" and len({name for name, _ in known}) < len(known):
         return "same category twice"
-    words = count_intervals(known).get(("length_constraints:number_words", None), (0, math.inf))
-    if words[0] > max_new_tokens * WORDS_PER_TOKEN:
+    fewest, most = allowed_count(known, "words")
+    if fewest > max_new_tokens * WORDS_PER_TOKEN:
         return "over the token limit"
-    return "no room for an answer" if words[1] < min_words else ""
+    return "no room for an answer" if most < min_words else ""
+
+
+def allowed_count(parsed: list[tuple[str, dict]], unit: str) -> tuple[float, float]:
+    """(lowest, highest) number of "words" or "sentences" that parsed constraints allow."""
+    key = (f"length_constraints:number_{unit}", None)
+    return count_intervals(parsed).get(key, (0, math.inf))
+
+
+def over_represented(question: Question, counts: Counter, size: int) -> str:
+    """The reason to leave a question out of a q_T of `size` questions, or "" and it is counted.
+
+    counts: questions per category so far. A category may occur in twice its fair share of the
+    questions, an upper bound of length in an eighth. A small model repeats a few categories, and a
+    Follower that never meets the others does not learn them.
+    """
+    parsed = [p for p in parsed_constraints(question) if p]
+    limits = {category(id): 2 * len(question.constraints) / len(VERIFIERS) for id, _ in parsed}
+    if any(allowed_count(parsed, unit)[1] < math.inf for unit in ("words", "sentences")):
+        limits["upper bound"] = MAX_BOUNDED
+    if any(counts[name] + 1 > max(1, share * size) for name, share in limits.items()):
+        return "too many of one category"
+    counts.update(limits.keys())
+    return ""
 
 
 # ------------------------------------------------------------ verdicts
@@ -109,15 +150,15 @@ def verdicts(
 ) -> list[list[Verdict]]:
     """Verdicts on every constraint of every (question, answer). One call to `ask` for all.
 
-    mode "hybrid": verifiers where they decide, else `ask` if given. "llm": `ask` alone, as in SEIF.
+    mode "llm": `ask` alone, as in SEIF. Else verifiers where they decide, and `ask` if given.
     """
     cases = [(q, k, a) for q, a in pairs for k in range(len(q.constraints))]
-    values = [rule_verdict(q, k, a) if mode == "hybrid" else None for q, k, a in cases]
+    values = [rule_verdict(q, k, a) if mode != "llm" else None for q, k, a in cases]
     found = [Verdict(None, "none") if v is None else Verdict(float(v), "rule") for v in values]
     undecided = [i for i, value in enumerate(values) if value is None] if ask else []
     if undecided:
-        prompts = [judge_messages(q, a, q.constraints[k]) for q, k, a in cases]
-        probabilities = ask([prompts[i] for i in undecided])
+        asked = [cases[i] for i in undecided]
+        probabilities = ask([judge_messages(q, a, q.constraints[k]) for q, k, a in asked])
         for i, p in zip(undecided, probabilities):
             found[i] = Verdict(None if math.isnan(p) else float(p >= threshold), "judger")
     remaining = iter(found)
@@ -139,7 +180,7 @@ def uses_model(cfg) -> bool:
 class Judge:
     """Filter and Judger of a run.
 
-    cfg: filter, judge, trust_judge, hard_fraction, think, max_new_tokens, min_words,
+    cfg: filter, judge, hard_fraction, think, max_new_tokens, min_words.
     instructor_reward. ask: P(yes) per list of messages. fits: whether a question's prompt is
     within the token limit.
     """
@@ -151,8 +192,7 @@ class Judge:
     @property
     def trusts_model(self) -> bool:
         """Whether the model's verdicts count: it is reliable, or the settings say so."""
-        forced = self.cfg.trust_judge or self.cfg.judge == "llm"
-        return uses_model(self.cfg) and (forced or self.judger.reliable)
+        return uses_model(self.cfg) and (self.cfg.judge != "hybrid" or self.judger.reliable)
 
     @property
     def filter_mode(self) -> str:
@@ -228,25 +268,66 @@ class Judge:
 
 # ------------------------------------------------------------ rewards
 def is_echo(question: Question, answer: str) -> bool:
-    """Whether an answer only repeats the instruction, or lines of it, with next to nothing new."""
+    """Whether an answer only repeats lines of the instruction, with next to nothing new.
+
+    Options that the seed question offers, such as "A) apple" or "apple", may be the answer.
+    """
     whole, plain = normalize(question.instruction), normalize(answer)
+    seed_lines = question.seed_question.strip().split("\n")
+    is_option = len(seed_lines) > 1 and re.fullmatch(OPTION, answer.strip())
+    if is_option and answer.strip() in map(str.strip, seed_lines):
+        return False
     lines = {"", whole, *map(normalize, question.instruction.split("\n"))}
     if all(normalize(line) in lines for line in answer.split("\n")):
         return True
     return whole in plain and len(plain.replace(whole, "").split()) < 3
 
 
-def follower_reward(question: Question, answer: str, ended: bool, verdicts: list) -> float | None:
-    """r. Reward 0 for an answer that is empty, cut off at the limit, or an echo."""
+def repeats_itself(answer: str) -> bool:
+    """Whether an answer says the same again and again, by its trigrams or by its compressed size.
+
+    After Welleck et al. 2020 (arXiv 1908.04319), who count n-grams that occur before.
+    """
+    words = WORD.findall(answer.lower())
+    trigrams = list(zip(words, words[1:], words[2:]))
+    raw = answer.encode()
+    few = len(set(trigrams)) < MIN_DISTINCT * len(trigrams)
+    return few or len(zlib.compress(raw)) < MIN_COMPRESSED * len(raw)
+
+
+def length_factor(question: Question, answer: str) -> float:
+    """min(1, words / 20), where 20 is less if the constraints allow fewer words.
+
+    1 where a constraint limits the sentences or fixes the answer.
+    """
+    parsed = [p for p in parsed_constraints(question) if p]
+    fixed = any(category(id) == "constrained_response" for id, _ in parsed)
+    if fixed or allowed_count(parsed, "sentences")[1] < math.inf:
+        return 1.0
+    floor = max(1, min(MIN_ANSWER_WORDS, allowed_count(parsed, "words")[1]))
+    return min(1.0, len(WORD.findall(answer)) / floor)
+
+
+def follower_reward(
+    question: Question, answer: str, ended: bool, verdicts: list, penalties: str = ""
+) -> float | None:
+    """r. Reward 0 for an answer that is empty, cut off at the limit, or an echo.
+
+    penalties: "length", "repetition", or both. The paper has none.
+    """
     if not answer or not ended or is_echo(question, answer):
         return 0.0
-    return satisfaction(verdicts)
+    if "repetition" in penalties and repeats_itself(answer):
+        return 0.0
+    r = satisfaction(verdicts)
+    factor = length_factor(question, answer) if "length" in penalties else 1.0
+    return None if r is None else r * factor
 
 
-def follower_rewards(samples: list) -> None:
+def follower_rewards(samples: list, penalties: str) -> None:
     """Sets .reward of scored answers."""
     for s in samples:
-        s.reward = follower_reward(s.question, s.answer, s.ended, s.verdicts)
+        s.reward = follower_reward(s.question, s.answer, s.ended, s.verdicts, penalties)
 
 
 def instructor_reward(r: float, shape: str = "hardest") -> float:

@@ -72,7 +72,9 @@ class LoRALinear(nn.Module):
             return y
         A, B = self.inference_copy.get(role) or (self.A[role].to(x.dtype), self.B[role].to(x.dtype))
         down = F.linear(x, A).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), down, B.T, alpha=self.scale[role]).view_as(y)
+        # In place, or the sum would cost a copy of y.
+        y.flatten(0, -2).addmm_(down, B.T, alpha=self.scale[role])
+        return y
 
     def unpack(self, dtype: torch.dtype) -> None:
         """Hold the 4-bit weight in 16 or 32 bits, too."""

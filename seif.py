@@ -39,8 +39,10 @@ from judge import (
     FILTERS,
     INSTRUCTOR_REWARDS,
     JUDGES,
+    PENALTIES,
     follower_rewards,
     instructor_rewards,
+    over_represented,
     uses_model,
 )
 from prompts import MAX_FEW_SHOT, Question, few_shot_examples, follower_messages, instructor_prompts
@@ -54,7 +56,9 @@ transformers.utils.logging.disable_progress_bar()
 # The roles that are trained. Each has an adapter, a frozen reference ref_<role> and an optimizer.
 TRAINED_ROLES = ["instructor", "follower"]
 # q_T: attempts per seed question until the Filter accepts, and their temperature (the paper's).
-MAX_ATTEMPTS, QUESTION_TEMPERATURE = 3, 0.7
+MAX_ATTEMPTS, QUESTION_TEMPERATURE = 4, 0.7
+# Questions in a row that share their few-shot examples. Fewer: more categories in q_T.
+QUESTIONS_PER_DRAW = 4
 # Verdicts that calibrate the judge, at most.
 CALIBRATION_CASES = 128
 
@@ -84,16 +88,16 @@ class Config:
     few_shot: int = 4  # examples in the Instructor's prompt
     think: bool = False  # require <think>..</think><answer>..</answer>
     filter: str = "rules"  # rules, code, llm (code, then the model), off; see Judge.accept
-    min_words: int = 30  # the Filter rejects instructions that allow fewer words
-    judge: str = "hybrid"  # hybrid: verifiers where they decide, else the model; llm: the model
-    trust_judge: bool = False  # use the LLM Judger even if it is not reliable (not the Filter)
+    min_words: int = 60  # the Filter rejects instructions that allow fewer words
+    judge: str = "hybrid"  # verifiers, then a reliable model; trusted: any model; llm: model only
     instructor_reward: str = "hardest"  # hardest: 1 - r; frontier: 4 r (1 - r)
-    relevance_gate: float = 0.0  # reward 0 below this quantile of the snapshot's relevance (PMI)
+    penalties: str = "length,repetition"  # on the Follower's reward, see judge.py; empty: none
     temperature: float = 0.8  # Follower sampling temperature
-    instructor_temperature: float = 1.0  # Instructor sampling temperature
+    instructor_temperature: float = 0.7  # Instructor sampling temperature
     advantage: str = "grpo"  # grpo, rloo, dr_grpo; equations in rl.py
     lr: float = 6e-5  # AdamW learning rate; LoRA needs more than the paper's 1e-6
-    kl_coef: float = 0.05  # weight of the KL to the policy at the start of the turn
+    kl_coef: float = 0.1  # weight of the KL to the reference policy
+    kl_reference: str = "base"  # the Follower's: base model, or its own start of the turn
     num_minibatches: int = 1  # optimizer steps per rollout
     lora_rank: int = 16  # LoRA rank; alpha is twice as much
     max_new_tokens: int = 256  # token limit of an answer; cut-off answers get reward 0
@@ -103,12 +107,13 @@ class Config:
     logger: str = "none"  # none, wandb, tensorboard, trackio; beside log.jsonl
 
 
-# Presets are command lines. Of a repeated flag the last one counts: --paper, CPU, --quick, yours.
+# Presets are command lines. Of a repeated flag the last one counts: CPU, --paper, --quick, yours.
 # CPU: without a GPU and without --model, the embedded 135M model for a few minutes.
 CPU = f"""
     --model {smollm2.NAME} --turns 1 --prompts-per-step 8 --instructor-steps 2,1
-    --follower-steps 8,3 --questions-per-turn 48 --min-words 20 --temperature 0.7
-    --instructor-temperature 0.5 --lr 3e-4 --max-new-tokens 96 --max-proposal-tokens 96"""
+    --follower-steps 16,8 --questions-per-turn 48 --min-words 20 --temperature 0.7
+    --instructor-temperature 0.5 --lr 3e-4 --kl-coef 0.05 --max-new-tokens 96
+    --max-proposal-tokens 96"""
 # --quick: the whole loop in minutes, with any model.
 QUICK = """
     --turns 2 --prompts-per-step 4 --instructor-steps 2,1 --follower-steps 3,2
@@ -116,16 +121,18 @@ QUICK = """
 # --paper: the paper's roles, rewards, GRPO settings and epochs. The learning rate is LoRA's.
 PAPER = """
     --group-size 5 --instructor-steps= --follower-steps= --questions-per-turn 0
-    --hard-fraction 0.5 --think --filter llm --min-words 0 --judge llm --temperature 1
-    --lr 2e-5 --kl-coef 0.01 --num-minibatches 4 --max-new-tokens 1024 --max-proposal-tokens 512"""
+    --hard-fraction 0.5 --think --filter llm --min-words 0 --judge llm --penalties=
+    --temperature 1 --instructor-temperature 1 --lr 2e-5 --kl-coef 0.01 --kl-reference turn
+    --num-minibatches 4 --max-new-tokens 1024 --max-proposal-tokens 512"""
 CHOICES = {"bits": (4, 16), "dtype": ("auto", *DTYPES), "engine": ("packed", "plain")}
 CHOICES |= {"filter": FILTERS, "judge": JUDGES, "instructor_reward": INSTRUCTOR_REWARDS}
+CHOICES |= {"penalties": ("", *PENALTIES, ",".join(PENALTIES)), "kl_reference": ("base", "turn")}
 CHOICES |= {"advantage": tuple(ADVANTAGES), "logger": LOGGERS}
 # Smallest values of numbers where that is not 0, and largest values.
 POSITIVE = "turns prompts_per_step num_minibatches lora_rank max_new_tokens max_proposal_tokens"
 MINIMUM = dict.fromkeys(POSITIVE.split(), 1) | {"group_size": 2, "max_prompt_tokens": 1}
 MINIMUM |= {"temperature": 0.01, "instructor_temperature": 0.01}
-MAXIMUM = {"hard_fraction": 1, "relevance_gate": 1, "few_shot": MAX_FEW_SHOT}
+MAXIMUM = {"hard_fraction": 1, "few_shot": MAX_FEW_SHOT}
 
 
 def read_config(argv: list[str]) -> Config:
@@ -148,9 +155,9 @@ def read_config(argv: list[str]) -> Config:
     parser.add_argument("--paper", action="store_true", help=f"the paper's settings: {PAPER}")
     parser.add_argument("--quick", action="store_true", help=f"a schedule of minutes: {QUICK}")
     given = [word.partition("=")[0] for word in argv]
-    presets = PAPER.split() if "--paper" in given else []
-    if not torch.cuda.is_available() and "--model" not in given:
-        presets += CPU.split()
+    embedded = not torch.cuda.is_available() and "--model" not in given
+    presets = CPU.split() if embedded else []
+    presets += PAPER.split() if "--paper" in given else []
     presets += QUICK.split() if "--quick" in given else []
     values = vars(parser.parse_args(presets + argv))
     return Config(**{field.name: values[field.name] for field in fields(Config)})
@@ -169,8 +176,8 @@ def validate(cfg: Config) -> None:
             limit = "whole numbers, such as 4,2"
         if limit:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
-    if cfg.trust_judge and not uses_model(cfg):
-        raise InputError("--trust-judge: no model is used; add --hard-fraction 0.5 or --filter llm")
+    if cfg.judge == "trusted" and not uses_model(cfg):
+        raise InputError("--judge trusted: no model is used; add --hard-fraction 0.5")
 
 
 def load_policy(cfg: Config) -> Policy:
@@ -211,7 +218,7 @@ def train(cfg: Config) -> None:
             for step in run.remaining("follower", run.num_steps("follower", turn, len(questions))):
                 run.seed_rngs()
                 batch = run.batch("follower", questions, step)
-                follower_step(run, batch, questions)
+                follower_step(run, batch)
 
             if run.remaining("evaluation", 1):
                 run.seed_rngs()
@@ -230,7 +237,7 @@ def train(cfg: Config) -> None:
 def instructor_step(run: Run, seed_questions: list[str], rng: random.Random) -> None:
     """Stage 1. Reward 1 - r, r by the snapshot Follower's own answer; 0 for rejected proposals."""
     cfg, judge, temperature = run.cfg, run.judge, run.cfg.instructor_temperature
-    proposals = propose(run, seed_questions, cfg.group_size, temperature, rng)
+    proposals = propose(run, seed_questions, cfg.group_size, temperature, rng, len(seed_questions))
     accepted = judge.accept(flat(proposals))
     answers = flat(answer(run, "ref_follower", [s.question for s in accepted], 1))
     judge.score(answers)
@@ -239,13 +246,11 @@ def instructor_step(run: Run, seed_questions: list[str], rng: random.Random) -> 
     run.finish_step("instructor", run.log.instructor(proposals, answers, metrics))
 
 
-def follower_step(run: Run, batch: list[Question], questions: list[Question]) -> None:
-    """Stage 2. Reward r, the share of satisfied constraints. questions: all of q_T."""
+def follower_step(run: Run, batch: list[Question]) -> None:
+    """Stage 2. Reward r, the share of satisfied constraints, less what the penalties take."""
     answers = answer(run, "follower", batch, run.cfg.group_size)
     run.judge.score(flat(answers))
-    follower_rewards(flat(answers))
-    if run.cfg.relevance_gate:
-        evaluate.gate(run, questions, flat(answers))
+    follower_rewards(flat(answers), run.cfg.penalties)
     metrics = run.update("follower", answers, run.cfg.temperature)
     run.finish_step("follower", run.log.follower(answers, metrics))
 
@@ -267,13 +272,13 @@ def flat(groups: list[list[Sample]]) -> list[Sample]:
     return [sample for group in groups for sample in group]
 
 
-def propose(run: Run, seed_questions: list[str], n: int, temperature, rng) -> list[list[Sample]]:
-    """n proposals of the Instructor per seed question."""
+def propose(run: Run, seed_questions, n: int, temperature, rng, per_draw) -> list[list[Sample]]:
+    """n proposals of the Instructor per seed question. So many in a row share their examples."""
     cfg = run.cfg
     # Soft constraints need a judge that can tell.
     hard = cfg.hard_fraction if run.judge.trusts_model else 1.0
     kinds = ["hard" if rng.random() < hard else "soft" for _ in seed_questions]
-    prompts = instructor_prompts(seed_questions, kinds, cfg.few_shot, cfg.prompts_per_step, rng)
+    prompts = instructor_prompts(seed_questions, kinds, cfg.few_shot, per_draw, rng)
     with run.policy.using("instructor"):
         groups = run.policy.sample(prompts, n, cfg.max_proposal_tokens, temperature)
     for seed_question, kind, group in zip(seed_questions, kinds, groups):
@@ -301,10 +306,14 @@ def write_questions(run: Run, rng: random.Random) -> tuple[list[Question], Count
     count = min(cfg.questions_per_turn or len(run.seed_questions), len(run.seed_questions))
     pending = rng.sample(run.seed_questions, count)
     temperature = min(QUESTION_TEMPERATURE, cfg.instructor_temperature)
-    questions, rejected = [], Counter()
+    questions, rejected, categories = [], Counter(), Counter()
     for _ in range(MAX_ATTEMPTS):
-        proposals = flat(propose(run, pending, 1, temperature, rng))
-        questions += [s.question for s in run.judge.accept(proposals)]
+        proposals = flat(propose(run, pending, 1, temperature, rng, QUESTIONS_PER_DRAW))
+        for s in run.judge.accept(proposals):
+            if cfg.filter == "rules":
+                s.rejected = over_represented(s.question, categories, count)
+            if not s.rejected:
+                questions.append(s.question)
         rejected.update(s.rejected for s in proposals if s.rejected)
         pending = [s.question.seed_question for s in proposals if s.rejected]
     # Shuffled, so that the first rows are not those accepted at the first attempt.

@@ -1,11 +1,17 @@
 """evaluate.py: accuracy on rows in IFEval's format, and what it was bought with.
 
-Answers that say nothing can hack a reward that checks constraints alone. Three figures under the
-base model show it, for rows that name their seed question (after IFDecorator, arXiv 2508.04632):
-    logp       log p(answer | prompt), mean per token
-    relevance  share of answers with a PMI above the lowest 5 % of the base model's free answers.
-               PMI: log p(answer | seed question) - log p(answer | another one), mean per token
-    hack_rate  share of the hacking probes (prompts/tripwires.jsonl) that irrelevant answers pass
+Accuracy can rise with emptier answers, since verifiers check form alone. Other figures show it:
+    reward       what training optimises: the share of satisfied instructions, 0 if cut off, empty
+                 or an echo of the prompt
+    words        median length, short: share of answers under 10 words; both without the rows that
+                 have a length constraint
+    repeated     share of answers that repeat themselves
+    lower_bound  accuracy on instructions with a lower bound of words or sentences
+    logp         log p(answer | prompt) under the base model, mean per token
+    relevance    share of answers with a PMI above the lowest 5 % of the base model's free answers
+                 (after IFDecorator, arXiv 2508.04632). PMI: log p(answer | seed question) -
+                 log p(answer | another one), mean per token, under the base model
+The last two need rows that name their seed question.
 """
 
 import argparse
@@ -20,12 +26,15 @@ import rl
 from extras import data
 from extras.peft_adapters import load_adapter
 from extras.verifiers import VERIFIERS, check, check_loose
-from prompts import FOLDER, assistant, extract_answer, follower_messages, user
+from judge import is_echo, repeats_itself
+from prompts import FOLDER, Question, assistant, extract_answer, follower_messages, user
 
 # Answers per move of the progress bar, free answers behind a quantile of the PMI, held-out rows
-# with log p and PMI per turn, bootstrap draws.
-CHUNK, MAX_FREE_ANSWERS, MAX_SCORED, DRAWS = 128, 64, 120, 10_000
-DIFFERENCE = "{difference:+.3f} ({low:+.3f} to {high:+.3f}), p {p:.4f}"
+# with log p and PMI per turn, bootstrap draws, words of a short answer.
+CHUNK, MAX_FREE_ANSWERS, MAX_SCORED, DRAWS, SHORT = 128, 64, 120, 10_000, 10
+# A turn may lose this share of the base model's log p, and so much relevance, to be the best.
+MAX_LOGP_LOSS, MAX_RELEVANCE_LOSS = 0.15, 0.03
+LOWER_BOUNDS = ("at least", "more than", "between")
 
 
 def _mean(values) -> float:
@@ -33,17 +42,24 @@ def _mean(values) -> float:
     return sum(known) / len(known) if known else np.nan
 
 
-def _counts(record: dict) -> tuple[int, int]:
-    known = [verdict for verdict in record["strict"] if verdict is not None]
+def _tally(record: dict, figure: str) -> tuple[float, int]:
+    """(sum, count) of a record's values of "accuracy", "reward" or "logp"."""
+    values = record["strict"] if figure == "accuracy" else [record[figure]]
+    known = [value for value in values if value is not None]
     return sum(known), len(known)
 
 
-def compare(base: list[dict], other: list[dict], counts=_counts) -> dict[str, float]:
-    """`other` minus `base` in strict accuracy by instruction, on the same rows.
+def compare(base: list[dict], other: list[dict], figure: str = "accuracy") -> dict[str, float]:
+    """`other` minus `base` in "accuracy" (strict, by instruction), "reward" or "logp".
 
     difference, its 95 % bootstrap interval (low, high), two-sided p of a paired permutation test.
+    NaN if no row has the figure in both.
     """
-    table = np.array([(*counts(a), *counts(b)) for a, b in zip(base, other)], dtype=np.float64)
+    pairs = [(*_tally(a, figure), *_tally(b, figure)) for a, b in zip(base, other)]
+    pairs = [pair for pair in pairs if pair[1] or figure == "accuracy"]
+    table = np.array([pair for pair in pairs if pair[3]], dtype=np.float64)
+    if not len(table):
+        return dict.fromkeys(("difference", "low", "high", "p"), np.nan)
     rng, size = np.random.default_rng(0), len(table)
     # Rows are resampled, since the instructions of one prompt are not independent.
     weights = rng.multinomial(size, [1 / size] * size, DRAWS)
@@ -62,19 +78,38 @@ def interval(records: list[dict]) -> tuple[float, float]:
     return result["low"], result["high"]
 
 
-def compare_logp(base: list[dict], other: list[dict]) -> dict[str, float] | None:
-    """compare() for the mean logp. None if it was not measured."""
-    pairs = [(a, b) for a, b in zip(base, other) if None not in (a["logp"], b["logp"])]
-    return compare(*zip(*pairs), lambda record: (record["logp"], 1)) if pairs else None
+def comparison(base: list[dict], other: list[dict]) -> str:
+    """A line per figure: the difference, its interval, and whether it is significant."""
+    lines = []
+    for figure in ("accuracy", "reward", "logp"):
+        result = compare(base, other, figure)
+        word = "better" if result["difference"] > 0 else "worse"
+        word = word if result["p"] < 0.05 else "no significant difference"
+        line = "{difference:+.3f} ({low:+.3f} to {high:+.3f}), p {p:.4f}".format(**result)
+        lines.append(f"{figure}, Follower minus base: {line}, {word}")
+    return "\n".join(lines)
 
 
-def verdict_line(folder: Path, turn: int) -> str:
-    """Whether a turn's Follower is better than the base model on the held-out rows."""
+def turn_comparison(folder: Path, turn: int) -> str:
+    """comparison() of a turn's Follower with the base model on the held-out rows."""
     paths = folder / "heldout_base.jsonl", folder / f"turn{turn}" / "heldout.jsonl"
-    result = compare(*([row for _, row in data.read_jsonl(path)] for path in paths))
-    word = "better" if result["difference"] > 0 else "worse"
-    word = word if result["p"] < 0.05 else "no significant difference"
-    return f"turn {turn}: accuracy, Follower minus base: {DIFFERENCE.format(**result)}, {word}"
+    return comparison(*([row for _, row in data.read_jsonl(path)] for path in paths))
+
+
+def best_turn(evaluations: list[dict]) -> str:
+    """The turn of highest accuracy whose log p and relevance stay near the base model's."""
+    base = evaluations[0]["heldout_base"]
+    kept = {}
+    for row in evaluations:
+        figures = row["heldout_follower"]
+        # None where no row names a seed question. Log p is negative.
+        worse_logp = figures["logp"] and figures["logp"] < (1 + MAX_LOGP_LOSS) * base["logp"]
+        lost = (base["relevance"] or 0) - (figures["relevance"] or 0)
+        if not worse_logp and lost <= MAX_RELEVANCE_LOSS:
+            kept[row["turn"]] = figures["instruction_strict"]
+    limits = f"log p within {MAX_LOGP_LOSS:.0%}, relevance within {MAX_RELEVANCE_LOSS:.0%} of base"
+    best = max(kept, key=kept.get, default=None)
+    return f"best turn: {best or 'none'} ({limits})"
 
 
 def greedy_answers(policy, role: str | None, prompts: list[str], cfg) -> list[rl.Sample]:
@@ -118,36 +153,33 @@ def pmi(policy, pairs: list[tuple[str, str]], pool: list[str]) -> list[float | N
     return [None if a is None else a - b for a, b in both]
 
 
-def pmi_quantile(policy, role, pairs: list, cfg, quantile: float = 0.05) -> float | None:
-    """A quantile of the PMI of greedy answers to (prompt, seed question) pairs."""
-    pairs = [pair for pair in dict.fromkeys(pairs) if pair[1]][:MAX_FREE_ANSWERS]
-    samples = greedy_answers(policy, role, [prompt for prompt, _ in pairs], cfg)
-    pool = [seed_question for _, seed_question in pairs]
+def relevance_threshold(policy, rows: list[dict], cfg) -> float | None:
+    """The PMI that 95 % of the base model's answers to the bare seed questions exceed."""
+    pool = [q for q in dict.fromkeys(row["seed_question"] for row in rows) if q]
+    pool = pool[:MAX_FREE_ANSWERS]
+    samples = greedy_answers(policy, None, pool, cfg)
     values = pmi(policy, [(q, s.answer) for q, s in zip(pool, samples)], pool)
     known = [value for value in values if value is not None]
-    return float(np.quantile(known, quantile)) if known else None
+    return float(np.quantile(known, 0.05)) if known else None
 
 
-def gate(run, questions: list, samples: list) -> None:
-    """Reward 0 below a quantile of the PMI of the snapshot Follower's own answers to q_T."""
-    if run.turn not in run.gate_threshold:
-        pairs = [(q.instruction, q.seed_question) for q in questions]
-        value = pmi_quantile(run.policy, "ref_follower", pairs, run.cfg, run.cfg.relevance_gate)
-        run.gate_threshold = {run.turn: -np.inf if value is None else value}
-    rewarded = [s for s in samples if s.reward]
-    pairs = [(s.question.seed_question, s.answer) for s in rewarded]
-    values = pmi(run.policy, pairs, [q.seed_question for q in questions])
-    for sample, value in zip(rewarded, values):
-        if value <= run.gate_threshold[run.turn]:
-            sample.reward, sample.rejected = 0.0, "not relevant"
-
-
-def make_record(row: dict, answer: str) -> dict:
-    """An answer with a verdict per instruction, None for one without a verifier."""
-    record = {"prompt": row["prompt"], "response": answer, "seed_question": row["seed_question"]}
+def make_record(row: dict, sample: rl.Sample) -> dict:
+    """An answer with a verdict per instruction, None for one without a verifier, and its reward."""
+    prompt, seed_question, text = row["prompt"], row["seed_question"], sample.answer
+    record = {"prompt": prompt, "response": text, "seed_question": seed_question}
+    instructions = list(zip(row["instruction_id_list"], row["kwargs"]))
     for level, verify in (("strict", check), ("loose", check_loose)):
-        asked = zip(row["instruction_id_list"], row["kwargs"])
-        record[level] = [verify(i, k, answer) if i in VERIFIERS else None for i, k in asked]
+        record[level] = [verify(i, k, text) if i in VERIFIERS else None for i, k in instructions]
+    seed, _, constraints = prompt.partition("\n") if seed_question else (prompt, "", "")
+    echo = is_echo(Question(seed, "hard", tuple(constraints.split("\n"))), text)
+    record["reward"] = _mean(record["strict"]) if sample.ended and text and not echo else 0.0
+    record["length_rule"] = any(id.startswith("length_constraints:") for id, _ in instructions)
+    record["lower_bound"] = [
+        verdict
+        for verdict, (_, kwargs) in zip(record["strict"], instructions)
+        if kwargs.get("relation") in LOWER_BOUNDS
+        and (kwargs.get("num_words") or kwargs.get("num_sentences"))
+    ]
     return {**record, "logp": None, "pmi": None, "relevant": None}
 
 
@@ -156,30 +188,31 @@ def evaluate(policy, role, rows: list, cfg, threshold=None, max_scored=None) -> 
 
     threshold: the PMI of a relevant answer. max_scored: rows with log p and PMI.
     """
-    probes = data.read_eval_rows(FOLDER / "tripwires.jsonl") if threshold is not None else []
-    asked, size = rows + probes, len(rows)
-    samples = greedy_answers(policy, role, [row["prompt"] for row in asked], cfg)
-    everything = [make_record(row, sample.answer) for row, sample in zip(asked, samples)]
-    records, probed = everything[:size], everything[size:]
-    scored = [r for r in records[:max_scored] + probed if r["seed_question"]]
+    samples = greedy_answers(policy, role, [row["prompt"] for row in rows], cfg)
+    records = [make_record(row, sample) for row, sample in zip(rows, samples)]
+    scored = [r for r in records[:max_scored] if r["seed_question"]]
     logp = mean_logprobs(policy, [(r["prompt"], r["response"]) for r in scored])
     pairs = [(r["seed_question"], r["response"]) for r in scored]
     for record, a, b in zip(scored, logp, pmi(policy, pairs, [q for q, _ in pairs])):
         # An empty answer is irrelevant.
         relevant = None if threshold is None else b is not None and b > threshold
         record.update(logp=a, pmi=b, relevant=relevant)
-    figures = {"cut": _mean(not sample.ended for sample in samples[:size])}
-    figures["length"] = _mean(len(sample.tokens) for sample in samples[:size])
-    figures["words"] = float(np.median([len(r["response"].split()) for r in records]))
+    figures = {"cut": _mean(not sample.ended for sample in samples)}
+    figures["length"] = _mean(len(sample.tokens) for sample in samples)
+    words = [len(r["response"].split()) for r in records if not r["length_rule"]]
+    figures["words"] = float(np.median(words)) if words else np.nan
+    figures["short"] = _mean(count < SHORT for count in words)
+    figures["repeated"] = _mean(repeats_itself(r["response"]) for r in records)
+    figures["lower_bound"] = _mean(verdict for r in records for verdict in r["lower_bound"])
     for level in ("strict", "loose"):
         # Undecided verdicts are left out, and so is a prompt that has no other.
         table = [[v for v in r[level] if v is not None] for r in records]
         figures[f"prompt_{level}"] = _mean(all(known) for known in table if known)
         figures[f"instruction_{level}"] = _mean(verdict for known in table for verdict in known)
     figures["undecided"] = sum(None in r["strict"] for r in records)
+    figures["reward"] = _mean(r["reward"] for r in records)
     figures["logp"] = _mean(r["logp"] for r in records)
     figures["relevance"] = _mean(r["relevant"] for r in records)
-    figures["hack_rate"] = _mean(all(r["strict"]) and not r["relevant"] for r in probed)
     return figures, records
 
 
@@ -207,7 +240,7 @@ def evaluate_turn(run) -> dict[str, dict]:
     policy, rows, cfg, folder = run.policy, run.heldout, run.cfg, run.folder
     path = folder / "base.json"
     if not path.exists():
-        threshold = pmi_quantile(policy, None, [(row["seed_question"],) * 2 for row in rows], cfg)
+        threshold = relevance_threshold(policy, rows, cfg)
         base, records = evaluate(policy, run.baseline, rows, cfg, threshold, MAX_SCORED)
         data.write_atomic(folder / "heldout_base.jsonl", data.to_jsonl(records).encode())
         data.write_atomic(path, data.to_jsonl([{**base, "threshold": threshold}]).encode())
@@ -241,7 +274,7 @@ def open_run(make_config, load_policy, folder: str, turn: int = 0) -> tuple:
 
 
 def main(argv: list[str], open_run) -> None:
-    """Accuracy, relevance and hack rate of greedy answers to rows in IFEval's format."""
+    """Accuracy, reward, length and relevance of greedy answers to rows in IFEval's format."""
     parser = argparse.ArgumentParser("seif.py eval", description=main.__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--data", help="rows in IFEval's format; default: the run's held-out rows")
@@ -263,7 +296,7 @@ def main(argv: list[str], open_run) -> None:
     base = "init_follower" if args.paired and cfg.init_follower else None
     if base:
         load_adapter(policy, base, cfg.init_follower)
-    threshold = pmi_quantile(policy, None, [(row["seed_question"],) * 2 for row in rows], cfg)
+    threshold = relevance_threshold(policy, rows, cfg)
     tables = []
     for role in (base, "follower") if args.paired else (None if args.base else "follower",):
         figures, records = evaluate(policy, role, rows, cfg, threshold)
@@ -272,9 +305,8 @@ def main(argv: list[str], open_run) -> None:
         low, high = interval(records)
         print(f"{name}, {len(rows)} rows, accuracy {low:.3f} to {high:.3f} (95 %)")
         print("\n".join(f"  {key:18} {value:9.3f}" for key, value in figures.items()))
-    for name, test in (("accuracy", compare), ("logp", compare_logp)) if args.paired else ():
-        if result := test(*tables):
-            print(f"{name}, Follower minus base: {DIFFERENCE.format(**result)}")
+    if args.paired:
+        print(comparison(*tables))
     if args.out:
         answers = [{key: r[key] for key in ("prompt", "response")} for r in tables[-1]]
         data.write_atomic(args.out, data.to_jsonl(answers).encode())

@@ -24,18 +24,28 @@ MAX_SAMPLES = 6
 MAX_IDLE_STEPS = 3
 # Thresholds of the warnings.
 MAX_CUT, MAX_ZERO_STD, MAX_KL, MIN_LENGTH_RATIO, MAX_CATEGORY = 0.3, 0.8, 0.5, 0.5, 1 / 3
-# Reason for reward 0 or none -> the setting to change.
+# Columns of the table: figure of evaluate.py, format.
+HELDOUT = {
+    "accuracy": ("instruction_strict", ".1%"),
+    "reward": ("reward", ".1%"),
+    "log_p": ("logp", ".2f"),
+    "relevant": ("relevance", ".0%"),
+    "words": ("words", ".0f"),
+    "short": ("short", ".0%"),
+    "repeated": ("repeated", ".0%"),
+}
+# Outcome of a sample -> the setting to change.
 FIXES = {
     "answer cut off": "raise --max-new-tokens",
     "answer empty": "try --no-think or another --model",
-    "no verdict": "try --filter rules, --hard-fraction 1 or --trust-judge",
-    "not relevant": "lower --relevance-gate",
-    "equal rewards": "raise --group-size or the temperature",
+    "answer repeats itself": "lower the temperature or clear --penalties",
+    "no verdict": "try --filter rules, --hard-fraction 1 or --judge trusted",
+    "rewarded": "equal rewards; raise --group-size or the temperature",
 }
 
 
-def no_reward_reason(sample) -> str:
-    """Why a sample cannot carry a gradient. "equal rewards" for all that have a verdict."""
+def outcome(sample) -> str:
+    """Why a sample has no reward of its own, "rewarded" if it has one."""
     if sample.rejected:
         return sample.rejected
     if not sample.ended:
@@ -44,7 +54,9 @@ def no_reward_reason(sample) -> str:
         return "answer empty"
     if is_echo(sample.question, sample.answer):
         return "answer echoes the instruction"
-    return "equal rewards" if satisfaction(sample.verdicts) is not None else "no verdict"
+    if sample.reward == 0 and satisfaction(sample.verdicts):
+        return "answer repeats itself"
+    return "no verdict" if satisfaction(sample.verdicts) is None else "rewarded"
 
 
 def mean_r(samples: list) -> float | None:
@@ -80,7 +92,7 @@ class Log:
         self.rows = [row for _, row in data.read_jsonl(self.path)]
         self.folder, self.cfg = run.folder, run.cfg
         self.warned: set[str] = set()
-        self.external = external_logger(run.cfg)
+        self.external_log, self.external_close = external_logger(run.cfg)
         total = 0
         for turn in range(run.turn, run.cfg.turns + 1):
             questions = run.num_questions if turn == run.turn else None
@@ -97,9 +109,8 @@ class Log:
         samples = [s for group in proposals for s in group]
         rejected = [s for s in samples if s.rejected]
         accepted = [s for s in samples if not s.rejected]
-        reasons = Counter(map(no_reward_reason, answers + rejected))
         return {
-            **step_row(samples, metrics, reasons),
+            **step_row(samples, metrics, Counter(map(outcome, answers + rejected))),
             "valid": len(accepted) / len(samples),
             "snapshot_r": mean_r(answers),
             "rejected": dict(Counter(s.rejected for s in rejected)),
@@ -111,7 +122,7 @@ class Log:
         """Row of a Follower step."""
         samples = [s for group in answers for s in group]
         missing = sum(s.reward is None for s in samples) / len(samples)
-        row = step_row(samples, metrics, Counter(map(no_reward_reason, samples)))
+        row = step_row(samples, metrics, Counter(map(outcome, samples)))
         examples = [example(group[0], group[0].reward) for group in answers[:2]]
         return {**row, "missing": missing, "samples": examples}
 
@@ -131,7 +142,7 @@ class Log:
             self.bar.write(f"{name}: {auc} on {result.cases} cases with known truth; {verdict}")
         if not judge.trusts_model:
             self.bar.write(
-                "the model does not judge: only verifiable constraints are used; see --trust-judge"
+                "the model does not judge, only verifiers; --judge trusted uses it all the same"
             )
         if judge.filter_mode != self.cfg.filter:
             self.bar.write(f"the filter is {judge.filter_mode}")
@@ -153,42 +164,59 @@ class Log:
             if name not in self.warned:
                 self.warned.add(name)
                 self.bar.write(f"warning: {text} (in a new --out)")
-        if self.external:
-            numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
-            for key in ("heldout_base", "heldout_follower", "judger", "filter"):
-                for k, v in row.get(key, {}).items():
-                    if isinstance(v, (int, float)):
-                        numbers[f"{key}/{k}"] = v
-            self.external({f"{row['stage']}/{k}": v for k, v in numbers.items()}, len(self.rows))
+        self.external_log(numbers(row, row["stage"]), len(self.rows))
         if row["stage"] == "evaluation":
             self.bar.write(turn_table(self.rows))
-            self.bar.write(evaluate.verdict_line(self.folder, row["turn"]))
+            self.bar.write(evaluate.turn_comparison(self.folder, row["turn"]))
+            self.bar.write(evaluate.best_turn(evaluations(self.rows)))
             write_samples(self.folder / "samples.md", self.rows)
 
     def close(self) -> None:
-        """End the progress bar."""
+        """End the progress bar and the external logger."""
         self.bar.close()
+        self.external_close()
 
 
-def external_logger(cfg):
-    """A function (numbers, step) for --logger, None for "none". InputError if not installed."""
+def external_logger(cfg) -> tuple:
+    """(log(numbers, step), close()) of --logger. InputError if it is not installed."""
     if cfg.logger == "none":
-        return None
+        return lambda row, step: None, lambda: None
     try:
         if cfg.logger == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(cfg.out)
-            return lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]
+
+            def add_scalars(row: dict, step: int) -> None:
+                for name, value in row.items():
+                    writer.add_scalar(name, value, step)
+
+            return add_scalars, writer.close
         module = importlib.import_module(cfg.logger)
     except ImportError as error:
         fix = f"pip install {cfg.logger}"
         raise data.InputError(f"--logger {cfg.logger}: not installed ({error}); {fix}") from error
     run = module.init(project="seif", name=cfg.out, config=vars(cfg))
-    return lambda row, step: run.log(row, step=step)
+    return lambda row, step: run.log(row, step=step), run.finish
 
 
-def step_row(samples: list, metrics: dict, reasons: Counter) -> dict:
+def numbers(row: dict, prefix: str) -> dict[str, float]:
+    """The numbers of a row under flat names, such as evaluation/heldout_base/reward."""
+    flat = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= numbers(value, f"{prefix}/{key}")
+        elif isinstance(value, (int, float)):
+            flat[f"{prefix}/{key}"] = value
+    return flat
+
+
+def evaluations(rows: list[dict]) -> list[dict]:
+    """The last row of each finished turn."""
+    return [row for row in rows if row["stage"] == "evaluation"]
+
+
+def step_row(samples: list, metrics: dict, outcomes: Counter) -> dict:
     """The fields of both training stages."""
     rewards = [s.reward for s in samples if s.reward is not None] or [math.nan]
     if torch.cuda.is_available():
@@ -201,7 +229,7 @@ def step_row(samples: list, metrics: dict, reasons: Counter) -> dict:
         "reward_std": statistics.pstdev(rewards),
         "length": sum(len(s.tokens) for s in samples) / len(samples),
         "cut": sum(not s.ended for s in samples) / len(samples),
-        "no_reward": dict(reasons),
+        "outcomes": dict(outcomes),
         "memory_mib": memory >> 20,
         **metrics,
     }
@@ -220,9 +248,10 @@ def step_line(row: dict) -> str:
         text += f", grad {number(row.get('grad_norm'), '.2f')}, length {row['length']:.0f}"
         text += f", cut {row['cut']:.0%}, zero-variance {row['frac_reward_zero_std']:.0%}"
         if "valid" in row:
-            text += f", valid {row['valid']:.0%}"
+            text += f", valid {row['valid']:.0%}, snapshot r {number(row['snapshot_r'], '.2f')}"
     if "acceptance" in row:
         text += f": {row['questions']} questions, {row['acceptance']:.0%} of attempts accepted"
+        text += f", most in one category {row['top_share']:.0%}"
     if "heldout_follower" in row:
         text += f": held-out {number(row['heldout_follower']['instruction_strict'], '.1%')}"
     return f"{text}, {row['seconds']:.0f} s"
@@ -231,59 +260,64 @@ def step_line(row: dict) -> str:
 def warnings(rows: list[dict]) -> dict[str, str]:
     """What the last row and its stage show to be going wrong: name -> text, with the fix."""
     row = rows[-1]
-    name = row["stage"]
-    if name == "questions" and row["top_share"] > MAX_CATEGORY:
-        share = f"{row['top_share']:.0%} of q_T's constraints are {row['top_category']}"
-        return {"category": f"{share}; raise --instructor-temperature or --few-shot"}
-    if "length" not in row:
-        return {}
     found = {}
-    stage = [r for r in rows if (r["turn"], r["stage"]) == (row["turn"], name)]
-    limit = "--max-new-tokens" if name == "follower" else "--max-proposal-tokens"
+    if row["stage"] == "questions" and row["top_share"] > MAX_CATEGORY:
+        share = f"{row['top_share']:.0%} of q_T's constraints are {row['top_category']}"
+        found["category"] = f"{share}; raise --instructor-temperature or --few-shot"
+    steps = [r for r in rows if r["turn"] == row["turn"] and "length" in r]
+    # The stage that goes on, or has ended with this row.
+    name = {"questions": "instructor", "evaluation": "follower"}.get(row["stage"], row["stage"])
+    steps = [r for r in steps if r["stage"] == name]
+    idle = 0
+    while idle < len(steps) and not steps[-1 - idle]["updates"] + steps[-1 - idle]["skipped"]:
+        idle += 1
+    ended = row["stage"] != name
+    if idle >= MAX_IDLE_STEPS or (ended and idle and idle == len(steps)):
+        outcomes = steps[-1]["outcomes"]
+        reason = max(outcomes, key=outcomes.get)
+        share = f"{outcomes[reason] / sum(outcomes.values()):.0%} of the samples: {reason}"
+        fix = FIXES.get(reason, "raise --few-shot, change --filter, or use a larger --model")
+        found[f"idle {row['turn']}"] = f"{idle} steps without an update; {share}; {fix}"
+    if "length" in row:
+        found |= step_warnings(row, steps)
+    return {f"{key} {name}": f"{name}: {text}" for key, text in found.items()}
+
+
+def step_warnings(row: dict, steps: list[dict]) -> dict[str, str]:
+    """warnings() of one step. steps: those of its stage and turn so far."""
+    found = {}
+    limit = "--max-new-tokens" if row["stage"] == "follower" else "--max-proposal-tokens"
     equal, kl = row["frac_reward_zero_std"], row.get("kl") or 0
     if row["cut"] > MAX_CUT:
         found["cut"] = f"{row['cut']:.0%} of the samples are cut off; raise {limit}"
     if kl > MAX_KL:
         found["kl"] = f"KL {kl:.2f} per token; lower --lr or raise --kl-coef"
-    if row["length"] < MIN_LENGTH_RATIO * stage[0]["length"]:
+    if row["length"] < MIN_LENGTH_RATIO * steps[0]["length"]:
         found["length"] = "samples are less than half as long as in the first step"
-    if equal > MAX_ZERO_STD and len(stage) > 1:
+    if equal > MAX_ZERO_STD and len(steps) > 1:
         found["equal"] = f"{equal:.0%} of the groups have equal rewards; raise --group-size"
-    idle = 0
-    while idle < len(stage) and not stage[-1 - idle]["updates"] + stage[-1 - idle]["skipped"]:
-        idle += 1
-    if idle >= MAX_IDLE_STEPS:
-        reason, count = max(row["no_reward"].items(), key=lambda item: item[1])
-        share = f"{count / sum(row['no_reward'].values()):.0%} of the samples: {reason}"
-        fix = FIXES.get(reason, "raise --few-shot, change --filter, or use a larger --model")
-        found[f"idle {row['turn']}"] = f"{idle} steps without an update; {share}; {fix}"
-    return {f"{key} {name}": f"{name}: {text}" for key, text in found.items()}
+    return found
 
 
 def turn_table(rows: list[dict]) -> str:
     """One line per turn, and one for the base model."""
-    head = "turn  instr. reward  valid  accepted  q_T  base r   AUC  follower reward     kl"
-    lines = [head + "  held-out  log p  relevant  hacked  minutes"]
-    ends = [row for row in rows if row["stage"] == "evaluation"]
-    for end in ends[:1]:
-        lines.append(f"{'base':<{len(head)}}{heldout_cells(end['heldout_base'])}")
+    ends = evaluations(rows)
+    head = "instructor valid q_T base_r follower kl".split()
+    lines = [["turn", *head, *HELDOUT, "minutes"]]
+    lines += [["base", *[""] * len(head), *heldout_cells(ends[0]["heldout_base"]), ""]]
     for end in ends:
         mine = [row for row in rows if row["turn"] == end["turn"]]
         instructor = [row for row in mine if row["stage"] == "instructor"]
         follower = [row for row in mine if row["stage"] == "follower"]
-        made = next(row for row in mine if row["stage"] == "questions")
         valid = statistics.fmean(r["valid"] for r in instructor) if instructor else None
-        auc = next((row["judger"]["auc"] for row in mine if "judger" in row), None)
         kl = next((row["kl"] for row in reversed(follower) if "kl" in row), None)
-        lines.append(
-            f"{end['turn']:4}  {first_and_last(instructor):>13}  {number(valid, '.0%'):>5}"
-            f"  {made['acceptance']:>8.0%}  {made['questions']:>3}"
-            f"  {number(end['base_r_on_questions'], '.2f'):>6}  {number(auc, '.2f'):>4}"
-            f"  {first_and_last(follower):>15}  {number(kl, '.3f'):>5}"
-            f"{heldout_cells(end['heldout_follower'])}"
-            f"  {sum(row['seconds'] for row in mine) / 60:>7.1f}"
-        )
-    return "\n".join(lines)
+        cells = [str(end["turn"]), first_and_last(instructor), number(valid, ".0%")]
+        cells += [str(row["questions"]) for row in mine if row["stage"] == "questions"]
+        cells += [number(end["base_r_on_questions"], ".2f"), first_and_last(follower)]
+        cells += [number(kl, ".3f"), *heldout_cells(end["heldout_follower"])]
+        lines.append([*cells, f"{sum(row['seconds'] for row in mine) / 60:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def first_and_last(rows: list[dict]) -> str:
@@ -292,12 +326,9 @@ def first_and_last(rows: list[dict]) -> str:
     return " -> ".join(ends) or "-"
 
 
-def heldout_cells(figures: dict) -> str:
-    """Accuracy, log p per token, share of relevant answers, hack rate."""
-    cells = number(figures.get("instruction_strict"), ".1%").rjust(10)
-    cells += number(figures.get("logp"), ".2f").rjust(7)
-    cells += number(figures.get("relevance"), ".0%").rjust(10)
-    return cells + number(figures.get("hack_rate"), ".0%").rjust(8)
+def heldout_cells(figures: dict) -> list[str]:
+    """The columns of HELDOUT."""
+    return [number(figures.get(name), form) for name, form in HELDOUT.values()]
 
 
 def write_samples(path, rows: list[dict]) -> None:

@@ -32,7 +32,7 @@ from extras.prefix_tree import Row, common_prefix, pack
 # Stands in a completion for a token that could not be sampled because a logit was NaN.
 INVALID_TOKEN = -1
 # Distinct tokens per row, and queries per block of attention on a CPU.
-TOKEN_BUDGET, BLOCK = 2048, 256
+TOKEN_BUDGET, BLOCK = {"cuda": 2048, "cpu": 1024}, 256
 # Samples decoded side by side. More only make a step longer.
 MAX_SLOTS = {"cuda": 256, "cpu": 64}
 # EOS is checked every so many tokens, since a check waits for the GPU. Overrun tokens are cut.
@@ -42,7 +42,7 @@ MIN_SHARED_PREFIX = 128
 # fp32 logits held at once, in elements.
 LOGITS_CHUNK = 1 << 25
 # Memory for keys and values, and for activations: a share of what is free on a GPU, MiB on a CPU.
-GPU_MEMORY_SHARE, CPU_MEMORY_MIB = 0.8, 1024
+GPU_MEMORY_SHARE, CPU_MEMORY_MIB = 0.8, 2048
 # use_less_memory() halves the rows down to this size.
 MIN_TOKEN_BUDGET = 128
 # CUDA graphs: batch sizes above 8 are rounded up to a multiple of 8, columns to a multiple of 64.
@@ -108,7 +108,7 @@ def attend(query, key, value, mask, prefix=None) -> Tensor:
     if length > 1:
         mask = mask.repeat(1, groups, 1)
     key, value = key.flatten(0, 1), value.flatten(0, 1)
-    scores = torch.baddbmm(mask, query, key.mT)
+    scores = (query @ key.mT).add_(mask)
     if prefix is None:
         return (scores.softmax(-1) @ value).view(n, heads, length, dim)
     # (h, n * H / h, D) against (h, P, D).
@@ -210,7 +210,7 @@ class Head:
         """
 
         def chunk_logprobs(h: Tensor, t: Tensor) -> Tensor:
-            return -F.cross_entropy(self.logits(h) / temperature, t, reduction="none")
+            return -F.cross_entropy(self.logits(h).div_(temperature), t, reduction="none")
 
         if len(hidden) <= self.chunk:
             return chunk_logprobs(hidden, targets)
@@ -395,7 +395,7 @@ class PackedEngine:
         self.head = Head(lm_head, config)
         self.device, self.dtype = lm_head.weight.device, decoder.dtype
         self.cuda = self.device.type == "cuda"
-        self.token_budget = token_budget or TOKEN_BUDGET
+        self.token_budget = token_budget or TOKEN_BUDGET[self.device.type]
         self.slots = slots or MAX_SLOTS[self.device.type]
         self.layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
         # Attention kind -> its window in tokens, None for full attention.

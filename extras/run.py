@@ -79,8 +79,6 @@ class Run:
             self.done, self.scheduled = Counter(), Counter()
             # Size of this turn's q_T, once it is written.
             self.num_questions: int | None = None
-            # Turn -> PMI below which an answer gets reward 0, see evaluate.gate().
-            self.gate_threshold: dict[int, float] = {}
             self.saved = self.step_start = time.time()
             resume(self)
             self.log = Log(self)
@@ -163,6 +161,8 @@ class Run:
     def update(self, role: str, groups: list[list[Sample]], temperature: float) -> dict:
         """One GRPO step. InputError after several steps in a row without a finite gradient."""
         reference, optimizer = f"ref_{role}", self.optimizers[role]
+        if role == "follower" and self.cfg.kl_reference == "base":
+            reference = self.baseline
         args = self.policy, role, reference, groups, optimizer, self.cfg, temperature
         metrics = grpo_step(*args)
         void = metrics["skipped"] and not metrics["updates"]

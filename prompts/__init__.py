@@ -87,15 +87,17 @@ def instructor_messages(seed_question: str, kind: str, examples: list[Question])
 
 
 def instructor_prompts(seed_questions, kinds, few_shot: int, per_draw: int, rng: random.Random):
-    """Messages per seed question. Examples are drawn anew for every `per_draw` seed questions.
+    """Messages per seed question. So many in a row share their examples, and so their beginning.
 
-    So a batch's prompts share their beginning, while q_T shows many categories.
+    No example is drawn twice before the pool is used up. The pool shows every category equally
+    often, and the categories of a proposal are mostly those of its examples.
     """
+    pools = {kind: few_shot_examples(kind) for kind in NUM_CONSTRAINTS}
+    pools = {kind: rng.sample(pool, len(pool)) for kind, pool in pools.items()}
     prompts = []
-    salt = rng.random()
     for i, (seed_question, kind) in enumerate(zip(seed_questions, kinds)):
-        draw = random.Random(f"{salt}/{i // per_draw}")
-        examples = draw.sample(few_shot_examples(kind), few_shot)
+        start, pool = i // per_draw * few_shot, pools[kind]
+        examples = [pool[j % len(pool)] for j in range(start, start + few_shot)]
         prompts.append(instructor_messages(seed_question, kind, examples))
     return prompts
 

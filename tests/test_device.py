@@ -1,7 +1,7 @@
 """Half precision, and what a GPU alone shows: waits, kernel launches, CUDA graphs.
 
-Half precision is tested on the GPU, or on the CPU without one. Waits and launches are counted where
-a stand-in for a GPU is loaded, the pytest plugin `pretend_cuda`.
+Without a GPU half precision is tested on the CPU. Waits and launches are counted where a stand-in
+for a GPU is loaded, the pytest plugin `pretend_cuda`.
 """
 
 import functools
@@ -21,7 +21,7 @@ counted = pytest.mark.skipif(not GPU, reason="counted by a stand-in for a GPU")
 real_gpu = pytest.mark.skipif(bool(GPU) or not torch.cuda.is_available(), reason="needs a GPU")
 # type -> compute capability of a card that has it, and how far rounding may move a log-probability,
 # a cumulated probability, a gradient's direction (1 - cosine) and its length.
-CARDS = {"bf16": ((8, 9), 0.15, 0.03, 0.01, 0.15), "fp16": ((7, 5), 0.02, 0.005, 5e-4, 0.02)}
+CARDS = {"bf16": ((8, 9), 0.2, 0.03, 0.01, 0.15), "fp16": ((7, 5), 0.04, 0.005, 5e-4, 0.02)}
 MODELS = [("qwen2", 4), ("gemma3", 16)]
 
 
@@ -30,14 +30,17 @@ def random_ids(*lengths: int) -> list[list[int]]:
     return [torch.randint(0, 250, (n,), generator=generator).tolist() for n in lengths]
 
 
+def draws(*shape: int) -> torch.Tensor:
+    return 1 - torch.rand(shape, generator=torch.Generator().manual_seed(1))
+
+
 def rewarded_groups() -> list[list[rl.Sample]]:
     """Four completions of each of two prompts with a common start."""
     start, *ends = random_ids(30, *[12] * 8)
-    rewards = zip(ends, (0, 1, 0, 1, 1, 0, 0, 0.5))
-    flat = [rl.Sample([*start, 1], end, "", True, reward=reward) for end, reward in rewards]
-    for sample in flat[4:]:
-        sample.prompt = [*start, 2, 3]
-    return [flat[:4], flat[4:]]
+    prompts = [[*start, 1]] * 4 + [[*start, 2, 3]] * 4
+    rewarded = zip(prompts, ends, (0, 1, 0, 1, 1, 0, 0, 0.5))
+    samples = [rl.Sample(prompt, end, "", True, reward=r) for prompt, end, r in rewarded]
+    return [samples[:4], samples[4:]]
 
 
 @pytest.fixture(scope="module", params=CARDS)
@@ -76,7 +79,6 @@ def both(card, folders):
 def test_half_precision_scores_as_fp32_does(both, card, kind, bits, monkeypatch):
     policy, exact = both(kind, bits)
     assert rl.fast_dtype(cuda=True) == card and policy.model.dtype == rl.DTYPES[card]
-    assert isinstance(policy.engine, packed.PackedEngine)
     assert {p.dtype for p in policy.tensors("follower").values()} == {torch.float32}
     for role, budget in ((None, 4096), ("follower", 60)):
         monkeypatch.setattr(policy.engine, "token_budget", budget)
@@ -91,7 +93,6 @@ def test_half_precision_scores_as_fp32_does(both, card, kind, bits, monkeypatch)
 
 
 def gradients(policy: rl.Policy, **cfg) -> list[torch.Tensor]:
-    """The gradient at each optimiser step of a GRPO step that changes nothing."""
     parameters, found = list(policy.tensors("follower").values()), []
     optimizer = torch.optim.SGD(parameters, lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: found.append([p.grad.cpu() for p in parameters]))
@@ -106,9 +107,9 @@ def test_half_precision_has_the_gradient_of_fp32(both, card, kind, bits, monkeyp
     policy, exact = both(kind, bits)
     monkeypatch.setattr(rl, "MAX_GRAD_NORM", 1e9)
     monkeypatch.setattr(policy.engine, "token_budget", 40)
-    for num_minibatches, kl_coef, recompute in ((1, 0.0, False), (2, 0.05, True)):
+    for n, kl_coef, recompute in ((1, 0.0, False), (2, 0.05, True)):
         monkeypatch.setattr(policy.engine, "recompute_all", recompute)
-        cfg = {"num_minibatches": num_minibatches, "kl_coef": kl_coef}
+        cfg = {"num_minibatches": n, "kl_coef": kl_coef}
         for ours, theirs in zip(gradients(policy, **cfg), gradients(exact, **cfg), strict=True):
             assert 1 - torch.cosine_similarity(ours, theirs, 0) < CARDS[card][3]
             assert abs(ours.norm() / theirs.norm() - 1) < CARDS[card][4]
@@ -119,45 +120,39 @@ def test_half_precision_has_the_gradient_of_fp32(both, card, kind, bits, monkeyp
 def test_half_precision_samples_what_the_draws_pick(both, card, kind, bits, shared, monkeypatch):
     policy, exact = both(kind, bits)
     start, *ends = random_ids(shared, 6, 11, 3)
-    prompts, draws = [start + end for end in ends], (torch.arange(192).view(3, 4, 16) % 61 + 1) / 62
     monkeypatch.setattr(policy.engine, "eos", set())
     monkeypatch.setattr(policy.engine, "slots", 5)
     with policy.using("follower"), policy.inference():
-        groups = policy.engine.sample(prompts, draws, 0.8)
-    for prompt, group, rows in zip(prompts, groups, draws):
+        groups = policy.engine.sample([start + end for end in ends], draws(3, 4, 16), 0.8)
+    for end, group, rows in zip(ends, groups, draws(3, 4, 16)):
         for tokens, u in zip(group, rows):
             with torch.no_grad(), exact.using("follower"):
-                logits = exact.model(torch.tensor([prompt + tokens])).logits[
-                    0, len(prompt) - 1 : -1
-                ]
+                logits = exact.model(torch.tensor([start + end + tokens])).logits[0, -17:-1]
             p = (logits / 0.8).softmax(-1)
             upper, own = p.cumsum(-1)[range(16), tokens], p[range(16), tokens]
             # The draw lies in the token's interval, or near it.
             assert torch.maximum(u - upper, upper - own - u).max() < CARDS[card][2]
 
 
-# ------------------------------------------------------------ a GPU
-
-
 @counted
-@pytest.mark.parametrize("shared, launches", [(0, 1250), (140, 1610)])
-def test_a_decode_step_waits_for_nothing_and_launches_few_kernels(tmp_path, shared, launches):
+def test_a_decode_step_waits_for_nothing_and_launches_few_kernels(tmp_path):
     """At SmolLM2's depth, with an adapter, before the step is captured as a CUDA graph."""
-    sizes = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-    policy = rl.load(make_model(tmp_path, "smollm2", hidden_size=72, head_dim=8, **sizes))
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
+    make_model(tmp_path, "smollm2", num_hidden_layers=30, hidden_size=72, **heads)
+    policy = rl.load(str(tmp_path))
     policy.add("follower")
-    start, *ends = random_ids(shared, *[20] * 6)
-    prompts, draws = [start + end for end in ends], torch.full((6, 2, 30), 0.5)
-    with policy.using("follower"), policy.inference():
-        sampler = packed.Sampler(policy.engine, prompts, draws, 1.0)
-        GPU.reset()
-        for _ in range(sampler.interval):
-            sampler.step()
-        assert not GPU.syncs and not GPU.uploads
-        assert 0 < sum(GPU.launches.values()) / sampler.interval <= launches
-        # One read tells which samples have ended.
-        sampler.evict()
-        assert sum(GPU.syncs.values()) == 1 and not GPU.uploads
+    # Prompts that share nothing, and prompts whose common start is held once.
+    for shared, launches in ((0, 1250), (140, 1610)):
+        start, *ends = random_ids(shared, *[20] * 6)
+        with policy.using("follower"), policy.inference():
+            sampler = packed.Sampler(policy.engine, [start + e for e in ends], draws(6, 2, 30), 1.0)
+            GPU.reset()
+            for _ in range(sampler.interval):
+                sampler.step()
+            assert not GPU.syncs and not GPU.uploads
+            assert 0 < sum(GPU.launches.values()) / sampler.interval <= launches
+            sampler.evict()
+            assert sum(GPU.syncs.values()) == 1 and not GPU.uploads
 
 
 @real_gpu
@@ -167,13 +162,9 @@ def test_captured_steps_pick_the_same_tokens(folders, kind, bits, monkeypatch):
     policy.add("follower")
     randomise(policy, "follower")
     assert policy.engine.cuda_graph == self_check.GRAPHS_ARE_SAFE
-    prompts, draws = (
-        random_ids(3, 30, 7, 30, 150),
-        (torch.arange(1200).view(5, 6, 40) % 61 + 1) / 62,
-    )
-    # What follows an EOS is noise.
     monkeypatch.setattr(policy.engine, "eos", set())
+    arguments = random_ids(3, 30, 7, 30, 150), draws(5, 6, 40), 1.0
     with policy.using("follower"), policy.inference():
-        captured = policy.engine.sample(prompts, draws, 1.0)
+        captured = policy.engine.sample(*arguments)
         monkeypatch.setattr(policy.engine, "cuda_graph", False)
-        assert policy.engine.sample(prompts, draws, 1.0) == captured
+        assert policy.engine.sample(*arguments) == captured

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ import rl
 import seif
 from extras import data, evaluate
 from extras.peft_adapters import load_adapter, save_adapter
-from prompts import Question, user
+from prompts import user
 
 IDS = torch.arange(30)[None]
 auto = transformers.AutoModelForCausalLM
@@ -54,8 +53,8 @@ def run_command(capsys, line: str, *folders) -> str:
     return out if status == 0 else err
 
 
-def answer(text: str, **fields) -> rl.Sample:
-    return rl.Sample([1], [2], text, True, answer=text, **fields)
+def answer(text: str) -> rl.Sample:
+    return rl.Sample([1], [2], text, True, answer=text)
 
 
 # ------------------------------------------------------------ figures
@@ -71,15 +70,19 @@ def test_statistics_by_hand(tmp_path):
     # Five rows differ, all one way: the exact sign test.
     assert abs(result["p"] - 2 / 2**5) < 0.01 and evaluate.compare(base, base)["p"] == 1
     a, b = ([{"logp": v} for v in row] for row in ((-1.0, -2.0, None), (-2.0, -4.0, -1.0)))
-    result = evaluate.compare_logp(a, b)
+    result = evaluate.compare(a, b, "logp")
     assert (result["difference"], result["low"], result["high"]) == (-1.5, -2, -1)
-    assert evaluate.compare_logp(a[2:], b[2:]) is None
+    assert np.isnan(evaluate.compare(a[2:], b[2:], "logp")["difference"])
+    a, b = ([{"reward": v} for v in row] for row in ((0.0, 0.5), (0.5, 1.0)))
+    assert evaluate.compare(a, b, "reward")["difference"] == 0.5
     (tmp_path / "turn3").mkdir()
     for gain, word in ((30, "better"), (-30, "worse"), (0, "no significant")):
         for name, satisfied in (("heldout_base", 30), ("turn3/heldout", 30 + gain)):
-            rows = strict(*[[i < satisfied] for i in range(60)])
+            rows = [{"strict": [i < satisfied], "reward": 0.5, "logp": None} for i in range(60)]
             (tmp_path / f"{name}.jsonl").write_text(data.to_jsonl(rows))
-        assert re.search(rf" \{gain / 60:+.3f} \(.*{word}", evaluate.verdict_line(tmp_path, 3))
+        accuracy, reward, logp = evaluate.turn_comparison(tmp_path, 3).split("\n")
+        assert re.search(rf"accuracy.* \{gain / 60:+.3f} \(.*{word}", accuracy)
+        assert re.search(r"reward.* \+0.000 .*no significant", reward) and "nan" in logp
 
 
 def test_accuracy_and_relevance_by_hand(monkeypatch):
@@ -108,10 +111,42 @@ def test_accuracy_and_relevance_by_hand(monkeypatch):
     assert [r["logp"] for r in records] == [-4.0, None, -2.0, None]
     assert [r["pmi"] for r in records] == [2.0, None, 0.0, None]
     assert [r["relevant"] for r in records] == [True, False, False, None]
-    # All answers to the hacking probes are empty, which satisfies nothing.
-    assert [figures[k] for k in ("logp", "relevance", "hack_rate")] == [-3, 1 / 3, 0]
+    assert [figures[k] for k in ("logp", "relevance")] == [-3, 1 / 3]
     few, _ = evaluate.evaluate(None, None, rows[::-1], None, max_scored=2)
-    assert few["logp"] == -2.0 and np.isnan([few["relevance"], few["hack_rate"]]).all()
+    assert few["logp"] == -2.0 and np.isnan(few["relevance"])
+
+
+def test_figures_that_show_empty_answers(monkeypatch):
+    """Rows of two constraints; the second is unsatisfied unless it is a bound of length."""
+    at_least = ("length_constraints:number_words", {"num_words": 5, "relation": "at least"})
+    at_most = ("length_constraints:number_words", {"num_words": 9, "relation": "at most"})
+    comma, json = ("punctuation:no_comma", {}), ("detectable_format:json_format", {})
+    long = "Glass has no grain that could scatter light so it is clear"
+    table = [
+        (long, True, [comma, json], 0.5),
+        (long, False, [comma, json], 0.0),
+        ("Short it is.", True, [comma, json], 0.5),
+        ("so and so " * 20, True, [comma, at_least], 1.0),
+        ("Only four words here", True, [comma, at_least], 0.5),
+        ("Only four words here", True, [comma, at_most], 1.0),
+        # An echo of the constraints, and an empty answer.
+        ("Say less.\nBe kind.", True, [comma, json], 0.0),
+        (" ", True, [comma, at_least], 0.0),
+    ]
+    rows, samples = [], []
+    for text, ended, instructions, _ in table:
+        row = {"prompt": "Why?\nSay less.\nBe kind.", "seed_question": "Why?"}
+        row["instruction_id_list"], row["kwargs"] = zip(*instructions)
+        rows.append(row)
+        samples.append(rl.Sample([1], [2], text, ended, answer=text.strip()))
+    monkeypatch.setattr(evaluate, "mean_logprobs", lambda _, pairs: [-1.0] * len(pairs))
+    monkeypatch.setattr(evaluate, "greedy_answers", lambda *_: samples)
+    figures, records = evaluate.evaluate(None, None, rows, None)
+    assert [r["reward"] for r in records] == [row[3] for row in table]
+    assert figures["reward"] == pytest.approx(3.5 / 8) and figures["cut"] == 1 / 8
+    # Without a length constraint: 12, 12, 3 and 4 words.
+    assert (figures["words"], figures["short"]) == (8, 0.5)
+    assert (figures["repeated"], figures["lower_bound"]) == (1 / 8, 1 / 3)
 
 
 def test_mean_logprobs_are_those_of_the_model(folders):
@@ -125,21 +160,19 @@ def test_mean_logprobs_are_those_of_the_model(folders):
     assert abs(value - expected) < 1e-4 and none is None
 
 
-def test_the_gate_gives_reward_0_below_a_quantile_of_the_snapshot(monkeypatch):
-    """An answer's PMI is the code of its letter. "d" is the median of the snapshot's answers."""
-    roles, questions = [], [Question(q, "hard", ("Be brief.",)) for q in ("s0", "s1", "s2")]
-    greedy = lambda policy, role, *_: roles.append(role) or [answer(a) for a in "bdf"]
-    monkeypatch.setattr(evaluate, "greedy_answers", greedy)
-    monkeypatch.setattr(evaluate, "pmi", lambda _, pairs, pool: [ord(a) for _, a in pairs])
-    cfg = seif.Config(relevance_gate=0.5)
-    run = types.SimpleNamespace(turn=2, cfg=cfg, policy=None, gate_threshold={})
-    for _ in range(2):
-        samples = [answer(letter, reward=0.5, question=questions[0]) for letter in "bdf"]
-        evaluate.gate(run, questions, samples)
-        assert [s.reward for s in samples] == [0, 0, 0.5]
-        assert [s.rejected for s in samples] == ["not relevant", "not relevant", ""]
-    # Once per turn.
-    assert roles == ["ref_follower"]
+def test_the_best_turn_keeps_log_p_and_relevance():
+    def row(turn: int, accuracy: float, logp: float | None, relevance: float | None) -> dict:
+        figures = {"instruction_strict": accuracy, "logp": logp, "relevance": relevance}
+        return {"turn": turn, "heldout_follower": figures}
+
+    first = {"heldout_base": {"logp": -0.5, "relevance": 0.95}} | row(1, 0.4, -0.57, 0.93)
+    longer = [first, row(2, 0.5, -0.56, 0.91), row(3, 0.6, -0.6, 0.95)]
+    assert evaluate.best_turn([*longer, row(4, 0.45, -0.4, 0.99)]).startswith("best turn: 4 ")
+    assert evaluate.best_turn(longer).startswith("best turn: 1 ")
+    assert evaluate.best_turn([first | row(1, 0.9, -0.6, 0.95)]).startswith("best turn: none ")
+    # Rows without seed questions have neither figure.
+    unknown = {"heldout_base": {"logp": None, "relevance": None}} | row(1, 0.4, None, None)
+    assert evaluate.best_turn([unknown]).startswith("best turn: 1 ")
 
 
 # ------------------------------------------------------------ a finished run

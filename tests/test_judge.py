@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -136,7 +137,7 @@ MODES = [(RELIABLE, RELIABLE, "llm"), (RELIABLE, CHANCE, "code"), (CHANCE, RELIA
 @pytest.mark.parametrize("judger, filter_, mode", MODES)
 def test_code_replaces_a_model_that_is_not_reliable(judger, filter_, mode):
     assert make_judge(None, judger, filter_, filter="llm").filter_mode == mode
-    assert make_judge(None, judger, filter_, filter="llm", trust_judge=True).trusts_model
+    assert make_judge(None, judger, filter_, filter="llm", judge="trusted").trusts_model
 
 
 def test_hybrid_asks_the_model_once_and_only_where_no_verifier_decides():
@@ -188,8 +189,90 @@ def test_extract_answer(text, think, answer):
 @pytest.mark.parametrize("answer, ended, verdicts, reward", REWARDS)
 def test_follower_reward_is_the_share_of_satisfied_constraints(answer, ended, verdicts, reward):
     scored = sample(answer, ended=ended, verdicts=verdicts)
-    judge.follower_rewards([scored])
+    judge.follower_rewards([scored], "")
     assert scored.reward == reward
+
+
+# fmt: off
+OPTIONS = [
+    ("Which is a fruit?\nA) apple\nB) car", "A) apple", False),
+    ("Which is a fruit?\n- an apple.\n- a car.", "- an apple.", False),
+    ("apple\ncar\nWhich of them is a fruit?", "apple", False),
+    ("apple\ncar\nWhich of them is a fruit?", "Which of them is a fruit?", True),
+    ("Translate to French:\nThe cat is black.", "The cat is black.", True),
+    ("Which is a fruit?\nA) apple\nB) car", "A) apple\nB) car", True),
+    ("apple or car", "apple or car", True),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("seed_question, answer, is_echo", OPTIONS)
+def test_an_option_of_the_seed_question_is_no_echo(seed_question, answer, is_echo):
+    question = Question(seed_question, "hard", ("Use no commas.",))
+    assert judge.is_echo(question, answer) == is_echo
+
+
+PROSE = (
+    "Glass has no grain that could scatter light, so most of it passes straight through the pane"
+)
+
+
+@pytest.mark.parametrize(
+    "constraints, answer, factor",
+    [
+        (["Use no commas."], "one two three four five", 5 / 20),
+        (["Use no commas."], PROSE + " and so on today.", 1),
+        (["Answer with at least 3 words."], "one two", 2 / 20),
+        (["Answer with at most 4 words."], "one two three", 3 / 4),
+        (["Answer with at most 40 words."], "one two three", 3 / 20),
+        # What caps sentences or fixes the answer may be short.
+        (["Answer with at most 2 sentences."], "Yes.", 1),
+        (["Answer with at least 2 sentences."], "Yes. No.", 2 / 20),
+        (["Answer with one of the following options: ('yes', 'no')"], "yes", 1),
+    ],
+)
+def test_the_length_penalty_lowers_the_reward_of_short_answers(constraints, answer, factor):
+    question = hard(*constraints)
+    reward = lambda penalties: judge.follower_reward(question, answer, True, [YES, NO], penalties)
+    assert reward("length") == reward("length,repetition") == pytest.approx(factor / 2)
+    assert reward("") == reward("repetition") == 0.5
+    assert judge.follower_reward(question, answer, True, [NONE], "length") is None
+
+
+@pytest.mark.parametrize(
+    "answer, repeats",
+    [
+        (PROSE, False),
+        ("apple, apple, pear", False),
+        ("The sea is blue. " * 6, True),
+        # Each trigram occurs twice.
+        (f"{PROSE}. {PROSE}.", True),
+        # No trigram of words in it.
+        ("हिन्दी" * 200, True),
+        ("", False),
+    ],
+)
+def test_the_repetition_penalty_takes_the_reward_of_a_loop(answer, repeats):
+    assert judge.repeats_itself(answer) == repeats
+    scored = sample(answer, verdicts=[YES])
+    judge.follower_rewards([scored], "repetition")
+    assert scored.reward == (0 if repeats or not answer else 1)
+
+
+def test_no_category_and_no_upper_bound_takes_more_than_its_share_of_q_t():
+    """27 categories, three per question: in 54 questions each may occur 12 times."""
+    take = lambda counts, *constraints: judge.over_represented(hard(*constraints), counts, 54)
+    counts = Counter()
+    commas = [take(counts, "Use no commas.", f"Include the word 'w{i}'.", "x") for i in range(13)]
+    assert commas == [""] * 12 + ["too many of one category"] and counts["no_comma"] == 12
+    # The rejected one is not counted.
+    assert take(counts, "Use no commas.", "Be kind.", "x") and not take(counts, "Be kind.", "x")
+    counts, bound = Counter(), "Answer with at most {} {}."
+    mixed = [take(counts, bound.format(50 + i, "words"), "x", "y") for i in range(3)]
+    mixed += [take(counts, bound.format(3 + i, "sentences"), "x", "y") for i in range(4)]
+    assert mixed == [""] * 6 + ["too many of one category"]
+    # A small q_T takes one of each.
+    assert not judge.over_represented(hard("Use no commas."), Counter(), 3)
 
 
 @pytest.mark.parametrize("shape, rewards", [("hardest", [1, 0.5, 0]), ("frontier", [0, 1, 0])])
@@ -255,6 +338,16 @@ def test_few_shot_examples_change_between_batches_and_not_within_one():
     batches = draw(0)
     assert batches[:4] == [batches[0]] * 4 and batches[4:] == [batches[4]] * 4
     assert batches[0] != batches[4] and batches == draw(0) != draw(1)
+    # Every example once before one comes again.
+    pool = few_shot_examples("hard")
+    batches = prompts.instructor_prompts(["A?"] * 9, ["hard"] * 9, 4, 1, random.Random(0))
+    assert len({str(m) for batch in batches for m in batch[1:-2:2]}) == len(pool) == 36
+
+
+def test_the_few_shot_pool_shows_every_category_equally_often():
+    """A small model's proposals have the categories of its examples."""
+    parsed = [parse_constraint(c) for q in few_shot_examples("hard") for c in q.constraints]
+    assert Counter(id for id, _ in parsed) == dict.fromkeys(verifiers.VERIFIERS, 4)
 
 
 @pytest.mark.parametrize("kind", NUM_CONSTRAINTS)
@@ -266,19 +359,16 @@ def test_few_shot_examples_are_sound(kind):
         assert shown.startswith(prompts.INSTRUCTOR_PREFILL[kind])
 
 
-def test_heldout_rows_and_hacking_probes_are_sound_and_disjoint_from_training():
+def test_heldout_rows_are_sound_and_disjoint_from_training():
     heldout = data.read_eval_rows(prompts.FOLDER / "heldout.jsonl")
-    probes = data.read_eval_rows(prompts.FOLDER / "tripwires.jsonl")
     seen = set(data.read_seed_questions(prompts.FOLDER / "seeds.jsonl"))
-    assert len(heldout) >= 100 and len(seen) >= 300 and len(probes) == 20
+    assert len(heldout) >= 100 and len(seen) >= 300
     seen |= {q.seed_question for kind in NUM_CONSTRAINTS for q in few_shot_examples(kind)}
-    assert not {r["seed_question"] for r in heldout} & {r["seed_question"] for r in probes}
-    for row in heldout + probes:
-        seed_question, *constraints = row["prompt"].split("\n")
+    for row in heldout:
+        seed_question = row["prompt"].split("\n")[0]
         assert row["seed_question"] == seed_question and seed_question not in seen
         known = list(zip(row["instruction_id_list"], row["kwargs"]))
         assert verifiers.find_contradiction(known) == "", row
-        assert row in heldout or list(map(parse_constraint, constraints)) == known
     # IFEval's 25 categories. Two more are our own.
     assert len({id for row in heldout for id in row["instruction_id_list"]}) == 25
 

@@ -17,7 +17,7 @@ from tiny import ONE_STEP, assert_equal, rows_of, run_fails, saved_adapters
 import judge
 import rl
 import seif
-from extras import calibration, chat_template, data, evaluate, log
+from extras import calibration, chat_template, data, log
 from extras.peft_adapters import save_adapter
 from extras.run import Run
 from prompts import Question, prompt_text, user
@@ -68,7 +68,7 @@ def interleave(run: Run, steps: int = 6) -> None:
             if role == "instructor":
                 seif.instructor_step(run, run.batch(role, run.seed_questions, step), rng)
             else:
-                seif.follower_step(run, run.batch(role, questions, step), questions)
+                seif.follower_step(run, run.batch(role, questions, step))
     run.close()
 
 
@@ -137,7 +137,7 @@ def test_the_snapshot_follower_filters_and_judges_soft_questions(setup, tmp_path
 
     monkeypatch.setattr(rl.Policy, "yes_probability", yes_probability)
     more = {"hard_fraction": 0.0, "filter": "llm", "judge": "llm", "instructor_reward": "frontier"}
-    assert seif.main([*setup("run", **ONE_STEP, **more, group_size=2), "--trust-judge"]) == 0
+    assert seif.main(setup("run", **ONE_STEP, **more, group_size=2)) == 0
     assert {role for role, _ in asked} == {"ref_follower"}
     [row] = rows_of(tmp_path / "run/log.jsonl", "calibration")
     for role in ("filter", "judger"):
@@ -154,7 +154,7 @@ def test_a_model_that_is_not_reliable_is_not_used(setup, tmp_path, monkeypatch, 
     cfg = tiny.config(tmp_path, "run", **ONE_STEP, hard_fraction=0.5, filter="llm")
     seif.train(cfg)
     text = "".join(capsys.readouterr())
-    assert re.search("Judger: AUC 0.50 .*only verifiable constraints.*filter is rules", text, re.S)
+    assert re.search("Judger: AUC 0.50 .*the model does not judge.*filter is rules", text, re.S)
     assert '"kind": "soft"' not in (tmp_path / "run/turn1/questions.jsonl").read_text()
     assert ask.call_count == 2 and not seif.open_run(cfg).judge.trusts_model
 
@@ -179,13 +179,6 @@ def test_without_an_accepted_question_there_is_no_follower_step(setup, tmp_path,
     first, made, end = rows_of(tmp_path / "run/log.jsonl")
     assert (first["valid"], first["reward"], first["rejected"]) == (0, 0, {"no json": 8})
     assert made["acceptance"] == 0 and end["base_r_on_questions"] is None
-
-
-def test_the_relevance_gate_takes_the_reward_of_irrelevant_answers(setup, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "pmi", lambda policy, pairs, pool: [0.0] * len(pairs))
-    assert seif.main(setup("run", **ONE_STEP, relevance_gate=0.1)) == 0
-    [row] = rows_of(tmp_path / "run/log.jsonl", "follower")
-    assert row["reward"] == row["updates"] == 0 and row["no_reward"]["not relevant"] > 0
 
 
 def test_the_follower_starts_from_a_given_adapter(setup, tmp_path):
@@ -218,7 +211,7 @@ def test_presets_are_overridden_from_left_to_right(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         paper = read("--kl-coef 0.5 --paper")
         assert (paper.judge, paper.filter, paper.think, paper.kl_coef) == ("llm", "llm", True, 0.5)
-        assert paper.follower_steps == ("" if gpu else "8,3")
+        assert (paper.follower_steps, paper.max_new_tokens) == ("", 1024)
         assert (read("") == defaults) == gpu and (gpu or read("").model == seif.smollm2.NAME)
         assert read("--model=x") == dataclasses.replace(defaults, model="x")
         quick = read("--quick --paper --turns 7 --no-think")
@@ -246,12 +239,13 @@ def test_unknown_flags_and_commands_are_refused(words, capsys):
 
 # fmt: off
 SETTINGS = [
-    ("--bits 8", "--bits 8: must be one of 4, 16"), ("--judge both", "one of hybrid, llm"),
+    ("--bits 8", "--bits 8: must be one of 4, 16"), ("--judge both", "one of hybrid, trusted"),
     ("--group-size 1", "--group-size 1: must be between 2"), ("--turns 0", "must be between 1"),
     ("--temperature -1", "--temperature -1.0"), ("--lr nan", "--lr nan: must be between 0"),
     ("--hard-fraction 1.5", "between 0 and 1"), ("--few-shot 99", "--few-shot 99: must be"),
     ("--follower-steps 3,x", "--follower-steps 3,x: must be whole numbers, such as 4,2"),
-    ("--trust-judge", "--trust-judge: no model is used; add --hard-fraction 0.5 or --filter llm"),
+    ("--judge trusted", "--judge trusted: no model is used; add --hard-fraction 0.5"),
+    ("--penalties brevity", "--penalties brevity: must be one of "),
     ("--seed-questions no/file", "no/file: cannot be read"), ("--heldout no/file", "no/file: "),
     ("--max-prompt-tokens 12", "all seed questions are over 9 tokens; raise --max-prompt-tokens"),
     ("--max-prompt-tokens 4090", "the Follower may need 4102 tokens, the model's context has 4096"),
@@ -306,12 +300,13 @@ def test_a_logger_receives_the_numbers_of_every_step(setup, tmp_path, monkeypatc
 
 
 def step(stage: str = "follower", **fields) -> dict:
-    row = {"turn": 1, "stage": stage, "reward": 0.5, "length": 20, "cut": 0.1, "no_reward": {}}
+    row = {"turn": 1, "stage": stage, "reward": 0.5, "length": 20, "cut": 0.1, "outcomes": {}}
     return {**row, "frac_reward_zero_std": 0, "updates": 1, "skipped": 0, **fields}
 
 
-IDLE = step(updates=0, no_reward={"no verdict": 3, "answer cut off": 1})
+IDLE = step(updates=0, outcomes={"no verdict": 3, "answer cut off": 1})
 Q_T = {"turn": 1, "stage": "questions", "top_share": 0.4, "top_category": "no_comma"}
+END = {"turn": 1, "stage": "evaluation"}
 WARNINGS = [
     ([step(cut=0.4)], "40% .*cut off; raise --max-new-tokens"),
     ([step("instructor", cut=0.4)], "raise --max-proposal-tokens"),
@@ -319,6 +314,11 @@ WARNINGS = [
     ([step(), step(length=9)], "half as long as in the first step"),
     ([step(), step(frac_reward_zero_std=0.9)], "90% of the .*groups have equal rewards"),
     ([IDLE] * 3, "3 .*steps without an update; 75% of the samples: no verdict; try --filter rules"),
+    ([IDLE, END], "1 .*steps without an update; .*no verdict"),
+    (
+        [step("instructor", updates=0, outcomes={"rewarded": 4}), Q_T | {"top_share": 0.1}],
+        "instructor: 1 .*100% of the samples: rewarded; equal rewards; raise --group-size",
+    ),
     ([Q_T], "40% of q_T's constraints are no_comma"),
 ]
 
