@@ -6,29 +6,28 @@
     instructor_rewards, follower_rewards
 
 A constraint with a verifier is decided by code (extras/verifiers.py). The rest goes to `ask`, a
-function from lists of chat messages to P(yes): by default the snapshot Follower, but an API model
-or a dictionary works, too. A verdict is 1.0, 0.0 or None. None is missing and never counts as no.
-
-Sources: SEIF (arXiv 2605.07465). The verifiable constraints are IFEval's (arXiv 2311.07911).
+function from lists of chat messages to P(yes), by default the snapshot Follower. A verdict is 1.0,
+0.0 or None. None is missing and never counts as no.
 """
 
 import math
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from extras.calibration import UNCALIBRATED, Calibration, auc_calibration, with_contradiction
+from extras.calibration import UNCALIBRATED, auc_calibration, contradictory, judger_cases
 from extras.constraint_parser import MAX_CONSTRAINT_CHARS, parse_constraint
 from extras.verifiers import (
     VERIFIERS,
-    WORD,
     category,
     check,
     count_intervals,
+    count_words,
     find_contradiction,
     is_decidable,
+    normalize,
+    repeats_itself,
 )
 from prompts import (
     NUM_CONSTRAINTS,
@@ -39,12 +38,8 @@ from prompts import (
     parse_proposal,
 )
 
-FILTERS, JUDGES = ("llm", "code", "rules", "off"), ("hybrid", "trusted", "llm")
-INSTRUCTOR_REWARDS, PENALTIES = ("hardest", "frontier"), ("length", "repetition")
 # With the penalty "length" the reward of shorter answers is lower in proportion.
 MIN_ANSWER_WORDS = 20
-# An answer repeats itself below this share of distinct trigrams, or of bytes when compressed.
-MIN_DISTINCT, MIN_COMPRESSED = 0.6, 0.32
 # Most questions of q_T with an upper bound of length. They teach to answer briefly.
 MAX_BOUNDED = 1 / 8
 # A line of a seed question that looks like an option: a mark before it, or no full stop after it.
@@ -55,11 +50,6 @@ Ask = Callable[[list[list[dict]]], list[float]]
 
 
 # ------------------------------------------------------------ the Filter
-def normalize(text: str) -> str:
-    """Lowercase words, single spaces: "Use NO commas!" -> "use no commas"."""
-    return " ".join(WORD.findall(text.lower()))
-
-
 def parsed_constraints(question: Question) -> list[tuple[str, dict] | None]:
     """(verifier id, kwargs) per constraint, None where only a model can decide."""
     given = question.verifiers or [None] * len(question.constraints)
@@ -111,9 +101,8 @@ def allowed_count(parsed: list[tuple[str, dict]], unit: str) -> tuple[float, flo
 def over_represented(question: Question, counts: Counter, size: int) -> str:
     """The reason to leave a question out of a q_T of `size` questions, or "" and it is counted.
 
-    counts: questions per category so far. A category may occur in twice its fair share of the
-    questions, an upper bound of length in an eighth. A small model repeats a few categories, and a
-    Follower that never meets the others does not learn them.
+    counts: questions per category so far. A small model repeats a few categories, and a Follower
+    does not learn those that it never meets. So each may have twice its fair share.
     """
     parsed = [p for p in parsed_constraints(question) if p]
     limits = {category(id): 2 * len(question.constraints) / len(VERIFIERS) for id, _ in parsed}
@@ -180,9 +169,8 @@ def uses_model(cfg) -> bool:
 class Judge:
     """Filter and Judger of a run.
 
-    cfg: filter, judge, hard_fraction, think, max_new_tokens, min_words.
-    instructor_reward. ask: P(yes) per list of messages. fits: whether a question's prompt is
-    within the token limit.
+    cfg: filter, judge, hard_fraction, think, max_new_tokens, min_words. ask: P(yes) per list of
+    messages. fits: whether a question's prompt is within the token limit.
     """
 
     def __init__(self, cfg, ask: Ask, fits: Callable[[Question], bool] = lambda question: True):
@@ -196,16 +184,9 @@ class Judge:
 
     @property
     def filter_mode(self) -> str:
-        """As set, with code in place of a model that is not reliable."""
-        if not self.trusts_model and self.cfg.filter != "off":
-            return "rules"
-        if self.cfg.filter == "llm" and not self.filter.reliable:
-            return "code"
-        return self.cfg.filter
-
-    def load(self, judger: dict, filter: dict) -> None:
-        """Restore the calibration of a saved state."""
-        self.judger, self.filter = Calibration(**judger), Calibration(**filter)
+        """As set, with rules in place of a model that is not reliable."""
+        reliable = self.trusts_model and self.filter.reliable
+        return self.cfg.filter if reliable or self.cfg.filter == "off" else "rules"
 
     def calibrate(self, samples: list, examples: list[Question], max_cases: int) -> None:
         """Test the model where a verifier knows the truth, without labels.
@@ -213,17 +194,10 @@ class Judge:
         samples: the model's own answers to questions with hard constraints. examples: sound
         questions. A proxy: open constraints, which have no verifier, can only be harder.
         """
-        cases = []
-        for s in samples:
-            answer = extract_answer(s.text, self.cfg.think) or s.text
-            for k in range(len(s.question.constraints) if answer else 0):
-                cases.append((s.question, k, answer, rule_verdict(s.question, k, answer)))
-        half = max_cases // 2
-        cases = [c for c in cases if c[3]][:half] + [c for c in cases if c[3] is False][:half]
+        cases = judger_cases(samples, self.cfg.think, rule_verdict, max_cases)
         ps = self.ask([judge_messages(q, a, q.constraints[k]) for q, k, a, _ in cases])
         self.judger = auc_calibration(ps, [truth for *_, truth in cases])
-        pool = [c for q in examples for c in q.constraints]
-        clashing = [q for q in (with_contradiction(q, pool) for q in examples) if q]
+        clashing = contradictory(examples)
         ps = self.ask([filter_messages(q) for q in examples + clashing])
         self.filter = auc_calibration(ps, [True] * len(examples) + [False] * len(clashing))
 
@@ -231,8 +205,8 @@ class Judge:
         """Sets .question or .rejected of the Instructor's samples. Returns the accepted ones.
 
         Each sample comes with a question without constraints, which tells seed and kind. Filters:
-        "llm" is code, then the model. "code" is code alone. "rules" also rejects hard constraints
-        without a verifier. "off" accepts all that parse. A missing verdict accepts.
+        "rules" is rule_filter() and rejects hard constraints without a verifier. "llm" is
+        rule_filter(), then the model; a missing verdict accepts. "off" accepts all that parse.
         """
         mode, cfg, parsed = self.filter_mode, self.cfg, []
         for s in proposals:
@@ -243,9 +217,8 @@ class Judge:
             if not self.fits(s.question):
                 s.rejected = "over --max-prompt-tokens"
             elif mode != "off":
-                s.rejected = rule_filter(
-                    s.question, cfg.max_new_tokens, mode == "rules", cfg.min_words
-                )
+                checkable = mode == "rules"
+                s.rejected = rule_filter(s.question, cfg.max_new_tokens, checkable, cfg.min_words)
             if not s.rejected:
                 parsed.append(s)
         if mode == "llm" and parsed:
@@ -272,27 +245,14 @@ def is_echo(question: Question, answer: str) -> bool:
 
     Options that the seed question offers, such as "A) apple" or "apple", may be the answer.
     """
-    whole, plain = normalize(question.instruction), normalize(answer)
-    seed_lines = question.seed_question.strip().split("\n")
-    is_option = len(seed_lines) > 1 and re.fullmatch(OPTION, answer.strip())
-    if is_option and answer.strip() in map(str.strip, seed_lines):
+    whole, plain, answer = normalize(question.instruction), normalize(answer), answer.strip()
+    options = [line.strip() for line in question.seed_question.strip().split("\n")]
+    if len(options) > 1 and answer in options and re.fullmatch(OPTION, answer):
         return False
     lines = {"", whole, *map(normalize, question.instruction.split("\n"))}
     if all(normalize(line) in lines for line in answer.split("\n")):
         return True
     return whole in plain and len(plain.replace(whole, "").split()) < 3
-
-
-def repeats_itself(answer: str) -> bool:
-    """Whether an answer says the same again and again, by its trigrams or by its compressed size.
-
-    After Welleck et al. 2020 (arXiv 1908.04319), who count n-grams that occur before.
-    """
-    words = WORD.findall(answer.lower())
-    trigrams = list(zip(words, words[1:], words[2:]))
-    raw = answer.encode()
-    few = len(set(trigrams)) < MIN_DISTINCT * len(trigrams)
-    return few or len(zlib.compress(raw)) < MIN_COMPRESSED * len(raw)
 
 
 def length_factor(question: Question, answer: str) -> float:
@@ -305,41 +265,25 @@ def length_factor(question: Question, answer: str) -> float:
     if fixed or allowed_count(parsed, "sentences")[1] < math.inf:
         return 1.0
     floor = max(1, min(MIN_ANSWER_WORDS, allowed_count(parsed, "words")[1]))
-    return min(1.0, len(WORD.findall(answer)) / floor)
-
-
-def follower_reward(
-    question: Question, answer: str, ended: bool, verdicts: list, penalties: str = ""
-) -> float | None:
-    """r. Reward 0 for an answer that is empty, cut off at the limit, or an echo.
-
-    penalties: "length", "repetition", or both. The paper has none.
-    """
-    if not answer or not ended or is_echo(question, answer):
-        return 0.0
-    if "repetition" in penalties and repeats_itself(answer):
-        return 0.0
-    r = satisfaction(verdicts)
-    factor = length_factor(question, answer) if "length" in penalties else 1.0
-    return None if r is None else r * factor
+    return min(1.0, count_words(answer) / floor)
 
 
 def follower_rewards(samples: list, penalties: str) -> None:
-    """Sets .reward of scored answers."""
-    for s in samples:
-        s.reward = follower_reward(s.question, s.answer, s.ended, s.verdicts, penalties)
+    """Sets .reward of scored answers to r. 0 for one that is empty, cut off, or an echo.
 
-
-def instructor_reward(r: float, shape: str = "hardest") -> float:
-    """From r of the snapshot Follower's answer to a proposal.
-
-    "hardest" is SEIF's 1 - r. "frontier" is 4 r (1 - r), highest where half is satisfied.
+    penalties: "length", "repetition", or both. The paper has none.
     """
-    return 1 - r if shape == "hardest" else 4 * r * (1 - r)
+    for s in samples:
+        s.reward = satisfaction(s.verdicts)
+        repeats = "repetition" in penalties and repeats_itself(s.answer)
+        if not s.answer or not s.ended or is_echo(s.question, s.answer) or repeats:
+            s.reward = 0.0
+        elif "length" in penalties and s.reward is not None:
+            s.reward *= length_factor(s.question, s.answer)
 
 
-def instructor_rewards(proposals: list, answers: list, shape: str) -> None:
-    """Sets .reward of all proposals. answers: the scored answers to the accepted ones, in order.
+def instructor_rewards(proposals: list, answers: list) -> None:
+    """Sets .reward to 1 - r. answers: the snapshot's, scored, to the accepted proposals in order.
 
     Rejected proposals get reward 0. So do those whose answer is empty or cut off: it tells nothing
     of the difficulty, and the Instructor would learn to ask for answers above the token limit.
@@ -350,4 +294,4 @@ def instructor_rewards(proposals: list, answers: list, shape: str) -> None:
     for proposal, answer in zip(accepted, answers):
         if answer.verdicts:
             r = satisfaction(answer.verdicts)
-            proposal.reward = None if r is None else instructor_reward(r, shape)
+            proposal.reward = None if r is None else 1 - r

@@ -25,16 +25,9 @@ from torch import Tensor, nn
 
 from extras.chat_template import ChatTemplate
 from extras.data import InputError
-from extras.load_model import (
-    DTYPES,
-    SAMPLE_PROMPTS,
-    context_length,
-    fast_dtype,
-    load_model,
-    lora_targets,
-)
+from extras.load_model import DTYPES, context_length, fast_dtype, load_model, lora_targets
 from extras.packed import INVALID_TOKEN, sample_token
-from extras.self_check import try_create
+from extras.self_check import SAMPLE_PROMPTS, try_create
 
 # PPO's clip range, wider above 1 (DAPO's clip-higher, as in SEIF), and the gradient norm's limit.
 CLIP_LOW, CLIP_HIGH, MAX_GRAD_NORM = 0.2, 0.3, 1.0
@@ -73,16 +66,8 @@ class LoRALinear(nn.Module):
         A, B = self.inference_copy.get(role) or (self.A[role].to(x.dtype), self.B[role].to(x.dtype))
         down = F.linear(x, A).flatten(0, -2)
         # In place, or the sum would cost a copy of y.
-        y.flatten(0, -2).addmm_(down, B.T, alpha=self.scale[role])
+        y.view(-1, y.shape[-1]).addmm_(down, B.T, alpha=self.scale[role])
         return y
-
-    def unpack(self, dtype: torch.dtype) -> None:
-        """Hold the 4-bit weight in 16 or 32 bits, too."""
-        # Imported here: bitsandbytes prints when it is imported.
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = self.base.weight
-        self.unpacked = dequantize_4bit(weight.data, weight.quant_state).to(dtype)
 
 
 # ------------------------------------------------------------ the plain engine
@@ -193,17 +178,16 @@ class Policy:
             raise InputError(f"--model {name}: {error}") from error
         # The checkpoint's own top_p, min_p and repetition_penalty must not reach our samples.
         model.generation_config = transformers.GenerationConfig()
+        self.context_length = context_length(model.config)
         self.active_adapter: str | None = None
         self.lora: dict[str, LoRALinear] = {}
-        # Weights of the decoder's layers without LoRA: name -> number of elements.
-        self.left_out: dict[str, int] = {}
         self._wrap_layers()
         self.engine = PlainEngine(model, self.chat.eos)
         if model.device.type == "cpu":
             self.unpack_weights(UNPACK_CPU_MIB * 2**20)
 
     def _wrap_layers(self) -> None:
-        targets, self.left_out = lora_targets(self.model, self.rank)
+        targets = lora_targets(self.model, self.rank)
         if not targets:
             reason = f"no Linear layer of at least --lora-rank {self.rank} (GPT-2's are Conv1D)"
             raise InputError(f"--model {self.name}: {reason}")
@@ -214,11 +198,6 @@ class Policy:
             parent, _, leaf = name.rpartition(".")
             layer = self.lora[name] = LoRALinear(self.model.get_submodule(name))
             setattr(self.model.get_submodule(parent), leaf, layer)
-
-    @property
-    def context_length(self) -> float:
-        """Tokens that the model can tell apart by position."""
-        return context_length(self.model.config)
 
     def smoke_test(self) -> None:
         """Sample a token and score one: unsupported models fail here with a clear message."""
@@ -231,11 +210,6 @@ class Policy:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise InputError(f"--model {self.name}: does not compute here ({reason})") from error
-        adapted = sum(m.base.in_features * m.base.out_features for m in self.lora.values())
-        share = 1 - adapted / (adapted + sum(self.left_out.values()))
-        if round(share, 2):
-            first = next(iter(self.left_out))
-            print(f"  no LoRA on {share:.0%} of the layers' weights: {first} ...")
 
     @contextmanager
     def using(self, role: str | None):
@@ -278,9 +252,14 @@ class Policy:
         """
         layers = [m for m in self.lora.values() if hasattr(m.base.weight, "quant_state")]
         elements = sum(m.base.in_features * m.base.out_features for m in layers)
-        if elements * self.model.dtype.itemsize <= max_bytes:
+        if layers and elements * self.model.dtype.itemsize <= max_bytes:
+            # Imported here: bitsandbytes prints when it is imported.
+            from bitsandbytes.functional import dequantize_4bit
+
             for layer in layers:
-                layer.unpack(self.model.dtype)
+                weight = layer.base.weight
+                unpacked = dequantize_4bit(weight.data, weight.quant_state)
+                layer.unpacked = unpacked.to(self.model.dtype)
 
     def add(self, role: str, seed: int = 0, rank: int = 0) -> None:
         """A fresh adapter as in peft: A Kaiming uniform (a = sqrt 5), B zero."""
@@ -397,10 +376,9 @@ def rloo(rewards: Tensor) -> Tensor:
 
 
 def dr_grpo(rewards: Tensor) -> Tensor:
-    """A_i = R_i - mean: no division by std, which overweights easy and hard prompts.
+    """A_i = R_i - mean, since std overweights easy and hard prompts (Liu et al. 2025).
 
-    Liu et al. 2025. Their other change, no division by a completion's own length, holds for all
-    three here: the loss is a mean over the tokens of a minibatch.
+    Their other change holds for all three: the loss is a mean over the tokens of a minibatch.
     """
     return rewards - rewards.mean()
 

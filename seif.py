@@ -35,16 +35,7 @@ from extras.data import InputError
 from extras.log import LOGGERS
 from extras.peft_adapters import save_adapter
 from extras.run import Run
-from judge import (
-    FILTERS,
-    INSTRUCTOR_REWARDS,
-    JUDGES,
-    PENALTIES,
-    follower_rewards,
-    instructor_rewards,
-    over_represented,
-    uses_model,
-)
+from judge import follower_rewards, instructor_rewards, over_represented, uses_model
 from prompts import MAX_FEW_SHOT, Question, few_shot_examples, follower_messages, instructor_prompts
 from rl import ADVANTAGES, DTYPES, Policy, Sample, load
 
@@ -55,10 +46,8 @@ transformers.utils.logging.disable_progress_bar()
 
 # The roles that are trained. Each has an adapter, a frozen reference ref_<role> and an optimizer.
 TRAINED_ROLES = ["instructor", "follower"]
-# q_T: attempts per seed question until the Filter accepts, and their temperature (the paper's).
-MAX_ATTEMPTS, QUESTION_TEMPERATURE = 4, 0.7
-# Questions in a row that share their few-shot examples. Fewer: more categories in q_T.
-QUESTIONS_PER_DRAW = 4
+# q_T: attempts per seed question, their temperature (the paper's), prompts per draw of examples.
+MAX_ATTEMPTS, QUESTION_TEMPERATURE, QUESTIONS_PER_DRAW = 4, 0.7, 4
 # Verdicts that calibrate the judge, at most.
 CALIBRATION_CASES = 128
 
@@ -87,10 +76,9 @@ class Config:
     hard_fraction: float = 1.0  # share of verifiable questions; the rest needs the LLM judge
     few_shot: int = 4  # examples in the Instructor's prompt
     think: bool = False  # require <think>..</think><answer>..</answer>
-    filter: str = "rules"  # rules, code, llm (code, then the model), off; see Judge.accept
+    filter: str = "rules"  # rules; llm: fewer rules, then the model; off; see Judge.accept
     min_words: int = 60  # the Filter rejects instructions that allow fewer words
     judge: str = "hybrid"  # verifiers, then a reliable model; trusted: any model; llm: model only
-    instructor_reward: str = "hardest"  # hardest: 1 - r; frontier: 4 r (1 - r)
     penalties: str = "length,repetition"  # on the Follower's reward, see judge.py; empty: none
     temperature: float = 0.8  # Follower sampling temperature
     instructor_temperature: float = 0.7  # Instructor sampling temperature
@@ -125,9 +113,9 @@ PAPER = """
     --temperature 1 --instructor-temperature 1 --lr 2e-5 --kl-coef 0.01 --kl-reference turn
     --num-minibatches 4 --max-new-tokens 1024 --max-proposal-tokens 512"""
 CHOICES = {"bits": (4, 16), "dtype": ("auto", *DTYPES), "engine": ("packed", "plain")}
-CHOICES |= {"filter": FILTERS, "judge": JUDGES, "instructor_reward": INSTRUCTOR_REWARDS}
-CHOICES |= {"penalties": ("", *PENALTIES, ",".join(PENALTIES)), "kl_reference": ("base", "turn")}
-CHOICES |= {"advantage": tuple(ADVANTAGES), "logger": LOGGERS}
+CHOICES |= {"filter": ("rules", "llm", "off"), "judge": ("hybrid", "trusted", "llm")}
+CHOICES |= {"penalties": ("length,repetition", "length", "repetition", "")}
+CHOICES |= {"kl_reference": ("base", "turn"), "advantage": tuple(ADVANTAGES), "logger": LOGGERS}
 # Smallest values of numbers where that is not 0, and largest values.
 POSITIVE = "turns prompts_per_step num_minibatches lora_rank max_new_tokens max_proposal_tokens"
 MINIMUM = dict.fromkeys(POSITIVE.split(), 1) | {"group_size": 2, "max_prompt_tokens": 1}
@@ -155,8 +143,7 @@ def read_config(argv: list[str]) -> Config:
     parser.add_argument("--paper", action="store_true", help=f"the paper's settings: {PAPER}")
     parser.add_argument("--quick", action="store_true", help=f"a schedule of minutes: {QUICK}")
     given = [word.partition("=")[0] for word in argv]
-    embedded = not torch.cuda.is_available() and "--model" not in given
-    presets = CPU.split() if embedded else []
+    presets = [] if torch.cuda.is_available() or "--model" in given else CPU.split()
     presets += PAPER.split() if "--paper" in given else []
     presets += QUICK.split() if "--quick" in given else []
     values = vars(parser.parse_args(presets + argv))
@@ -224,9 +211,8 @@ def train(cfg: Config) -> None:
                 run.seed_rngs()
                 for role in TRAINED_ROLES:
                     save_adapter(policy, role, run.folder / f"turn{turn}" / role)
-                base_answers = flat(
-                    answer(run, run.baseline, questions[: cfg.eval_rows or None], 1, 0.0)
-                )
+                asked = questions[: cfg.eval_rows or None]
+                base_answers = flat(answer(run, run.baseline, asked, 1, 0.0))
                 judge.score(base_answers)
                 figures = evaluate.evaluate_turn(run)
                 run.finish_step("evaluation", run.log.evaluation(figures, base_answers))
@@ -241,7 +227,7 @@ def instructor_step(run: Run, seed_questions: list[str], rng: random.Random) -> 
     accepted = judge.accept(flat(proposals))
     answers = flat(answer(run, "ref_follower", [s.question for s in accepted], 1))
     judge.score(answers)
-    instructor_rewards(flat(proposals), answers, cfg.instructor_reward)
+    instructor_rewards(flat(proposals), answers)
     metrics = run.update("instructor", proposals, temperature)
     run.finish_step("instructor", run.log.instructor(proposals, answers, metrics))
 
@@ -302,16 +288,16 @@ def answer(run: Run, role: str | None, questions: list[Question], n: int, temper
 
 def write_questions(run: Run, rng: random.Random) -> tuple[list[Question], Counter]:
     """q_T: the Instructor writes one question per seed question, with a few attempts each."""
-    cfg = run.cfg
+    cfg, questions, rejected, categories = run.cfg, [], Counter(), Counter()
     count = min(cfg.questions_per_turn or len(run.seed_questions), len(run.seed_questions))
     pending = rng.sample(run.seed_questions, count)
     temperature = min(QUESTION_TEMPERATURE, cfg.instructor_temperature)
-    questions, rejected, categories = [], Counter(), Counter()
     for _ in range(MAX_ATTEMPTS):
         proposals = flat(propose(run, pending, 1, temperature, rng, QUESTIONS_PER_DRAW))
         for s in run.judge.accept(proposals):
-            if cfg.filter == "rules":
-                s.rejected = over_represented(s.question, categories, count)
+            if run.judge.filter_mode == "rules":
+                size = max(len(questions) + 1, count // 2)
+                s.rejected = over_represented(s.question, categories, size)
             if not s.rejected:
                 questions.append(s.question)
         rejected.update(s.rejected for s in proposals if s.rejected)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from extras.constraint_parser import parse_constraint
 from extras.verifiers import find_contradiction
-from prompts import Question
+from prompts import Question, extract_answer
 
 # The model is reliable as a judge if the lower end of its AUC's 95 % interval is above this.
 MIN_AUC = 0.6
@@ -55,6 +55,23 @@ def auc_calibration(ps: list[float], truth: list[bool]) -> Calibration:
     best = max(sorted({p for p, _ in known}), key=balanced_accuracy)
     result = Calibration(auc, max(0.0, auc - margin), min(1.0, auc + margin), best, n + m)
     return result if result.reliable else replace(result, threshold=0.5)
+
+
+def judger_cases(samples: list, think: bool, verify, max_cases: int) -> list[tuple]:
+    """(question, k, answer, truth) per constraint with a verifier, half satisfied, half not."""
+    cases = []
+    for s in samples:
+        answer = extract_answer(s.text, think) or s.text
+        for k in range(len(s.question.constraints) if answer else 0):
+            cases.append((s.question, k, answer, verify(s.question, k, answer)))
+    half = max_cases // 2
+    return [c for c in cases if c[3]][:half] + [c for c in cases if c[3] is False][:half]
+
+
+def contradictory(questions: list[Question]) -> list[Question]:
+    """Those that can be given a contradiction from the constraints of the others."""
+    pool = [c for q in questions for c in q.constraints]
+    return [spoilt for q in questions if (spoilt := with_contradiction(q, pool))]
 
 
 def with_contradiction(question: Question, pool: list[str]) -> Question | None:

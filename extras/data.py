@@ -182,10 +182,11 @@ def _check_verifier(place: str, verifier) -> None:
         raise InputError(f"{place}: {verifier[0]}: {error}")
 
 
-def read_eval_rows(path: str | Path) -> list[dict]:
+def read_eval_rows(path: str | Path, known=()) -> list[dict]:
     """Rows {"prompt", "instruction_id_list", "kwargs", optional "seed_question"}, as in IFEval.
 
-    InputError names the line. Ids without a verifier are no error: one printed line counts them.
+    InputError names the line. Ids without a verifier are no error: one printed line counts them,
+    but for those in `known`.
     """
     rows, unknown = [], {}
     for number, row in read_jsonl(path):
@@ -201,6 +202,8 @@ def read_eval_rows(path: str | Path) -> list[dict]:
             raise InputError(f"{place}: kwargs must list one object per id")
         row["kwargs"] = [{} if given is None else given for given in kwargs]
         for id, given in zip(ids, row["kwargs"]):
+            if isinstance(id, str) and id in known:
+                continue
             if isinstance(id, str) and id not in VERIFIERS:
                 unknown.setdefault(id, set()).add(number)
             else:

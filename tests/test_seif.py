@@ -14,6 +14,7 @@ from conftest import randomise
 from safetensors.torch import load_file
 from tiny import ONE_STEP, assert_equal, rows_of, run_fails, saved_adapters
 
+import extras.run
 import judge
 import rl
 import seif
@@ -136,7 +137,7 @@ def test_the_snapshot_follower_filters_and_judges_soft_questions(setup, tmp_path
         return real(policy, messages)
 
     monkeypatch.setattr(rl.Policy, "yes_probability", yes_probability)
-    more = {"hard_fraction": 0.0, "filter": "llm", "judge": "llm", "instructor_reward": "frontier"}
+    more = {"hard_fraction": 0.0, "filter": "llm", "judge": "llm"}
     assert seif.main(setup("run", **ONE_STEP, **more, group_size=2)) == 0
     assert {role for role, _ in asked} == {"ref_follower"}
     [row] = rows_of(tmp_path / "run/log.jsonl", "calibration")
@@ -204,8 +205,36 @@ def test_seed_questions_that_are_too_long_are_skipped_and_counted(setup, tmp_pat
     assert "3 seed questions, 1 too long and skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kl_reference, expected", [("base", None), ("turn", "ref_follower")])
+def test_the_kl_reference_of_the_follower(setup, tmp_path, monkeypatch, kl_reference, expected):
+    """And five steps in a row without a finite gradient end the run."""
+    void = {"updates": 0, "skipped": 1, "frac_reward_zero_std": 0.0}
+    monkeypatch.setattr(extras.run, "grpo_step", step := Mock(return_value=void))
+    with seif.open_run(tiny.config(tmp_path, "run", kl_reference=kl_reference)) as run:
+        for role in ["instructor", "follower"] * 2:
+            run.update(role, [], 1.0)
+        with pytest.raises(data.InputError, match="5 steps without a finite gradient; .*--lr"):
+            run.update("follower", [], 1.0)
+    references = [call.args[2] for call in step.call_args_list]
+    assert references == ["ref_instructor", expected] * 2 + [expected]
+
+
+def test_without_a_number_of_steps_a_stage_takes_epochs(setup, tmp_path):
+    """SEIF's front-loading: three epochs for the Follower in turn 1, one afterwards."""
+    epochs = {"instructor_steps": "", "follower_steps": "", "prompts_per_step": 3}
+    with seif.open_run(tiny.config(tmp_path, "run", **epochs)) as run:
+        assert [run.num_steps("instructor", turn) for turn in (1, 2)] == [2, 2]
+        # q_T has a question per seed question at the most, here 4 of 7.
+        assert [run.num_steps("follower", turn) for turn in (1, 2)] == [4, 2]
+        assert [run.num_steps("follower", turn, 7) for turn in (1, 2, 3)] == [7, 3, 3]
+    fixed = tiny.config(tmp_path, "fixed", instructor_steps="5,3", follower_steps="4")
+    with seif.open_run(fixed) as run:
+        assert [run.num_steps("instructor", turn) for turn in (1, 2, 3)] == [5, 3, 3]
+        assert [run.num_steps("follower", turn, n) for turn, n in ((1, 7), (2, 0))] == [4, 0]
+
+
 def test_presets_are_overridden_from_left_to_right(monkeypatch):
-    """--paper, then the CPU preset, then --quick, then the user's own flags."""
+    """The CPU preset, then --paper, then --quick, then the user's own flags."""
     read, defaults = lambda words: seif.read_config(words.split()), seif.Config()
     for gpu in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
