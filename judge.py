@@ -20,9 +20,9 @@ from extras.calibration import UNCALIBRATED, auc_calibration, contradictory, jud
 from extras.constraint_parser import MAX_CONSTRAINT_CHARS, parse_constraint
 from extras.verifiers import (
     VERIFIERS,
+    allowed_count,
     category,
     check,
-    count_intervals,
     count_words,
     find_contradiction,
     is_decidable,
@@ -56,9 +56,7 @@ def parsed_constraints(question: Question) -> list[tuple[str, dict] | None]:
     return [v or parse_constraint(c) for v, c in zip(given, question.constraints)]
 
 
-def rule_filter(
-    question: Question, max_new_tokens: int, checkable: bool = False, min_words: int = 0
-) -> str:
+def rule_filter(question: Question, max_new_tokens: int, checkable=False, min_words=0) -> str:
     """The reason to reject an instruction that code can see, or "".
 
     checkable: reject hard constraints without a verifier. min_words: reject an instruction that
@@ -90,12 +88,6 @@ def rule_filter(
     if fewest > max_new_tokens * WORDS_PER_TOKEN:
         return "over the token limit"
     return "no room for an answer" if most < min_words else ""
-
-
-def allowed_count(parsed: list[tuple[str, dict]], unit: str) -> tuple[float, float]:
-    """(lowest, highest) number of "words" or "sentences" that parsed constraints allow."""
-    key = (f"length_constraints:number_{unit}", None)
-    return count_intervals(parsed).get(key, (0, math.inf))
 
 
 def over_represented(question: Question, counts: Counter, size: int) -> str:
@@ -134,10 +126,8 @@ def rule_verdict(question: Question, k: int, answer: str) -> bool | None:
     return check(name, kwargs, answer)
 
 
-def verdicts(
-    pairs: list[tuple[Question, str]], ask: Ask | None, mode="hybrid", threshold: float = 0.5
-) -> list[list[Verdict]]:
-    """Verdicts on every constraint of every (question, answer). One call to `ask` for all.
+def verdicts(pairs: list, ask: Ask | None, mode="hybrid", threshold=0.5) -> list[list[Verdict]]:
+    """Verdicts on every constraint of (question, answer) pairs. One call to `ask` for all.
 
     mode "llm": `ask` alone, as in SEIF. Else verifiers where they decide, and `ask` if given.
     """

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -294,11 +295,10 @@ class Policy:
         # One draw per sample and position, so the batch size changes nothing but rounding.
         uniform = 1 - torch.rand(len(prompts), n, max_new_tokens)
 
-        def work() -> list:
-            return self.engine.sample(prompts, uniform, temperature) if prompts else []
-
+        work = partial(self.engine.sample, prompts, uniform, temperature)
         groups = []
-        for asked, prompt, rows in zip(messages, prompts, self.retry_on_oom(work, inference=True)):
+        sampled = self.retry_on_oom(work, inference=True) if prompts else []
+        for asked, prompt, rows in zip(messages, prompts, sampled):
             prefill = asked[-1]["content"] if asked[-1]["role"] == "assistant" else ""
             # Decoded after the prompt: some tokenizers drop the space that a text starts with.
             start = len(self.chat.decode(prompt))
@@ -318,7 +318,7 @@ class Policy:
 
         NaN where the model is about to say neither: a missing verdict, which is not a "no".
         """
-        prompts = [self.chat.encode(m) for m in messages]
+        prompts = [self.chat.encode(m, skip_thought=True) for m in messages]
         yes, no = self.chat.yes_tokens, self.chat.no_tokens
         probabilities = self.retry_on_oom(
             lambda: self.engine.next_probabilities(prompts, yes + no), inference=True

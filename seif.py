@@ -14,7 +14,6 @@ the Follower as it was at the start of the turn. All roles are LoRA adapters on 
 model. Read train() first, then judge.py (verdicts, rewards) and rl.py (sampling, GRPO).
 """
 
-import argparse
 import functools
 import inspect
 import logging
@@ -22,8 +21,10 @@ import math
 import random
 import re
 import sys
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -36,7 +37,13 @@ from extras.log import LOGGERS
 from extras.peft_adapters import save_adapter
 from extras.run import Run
 from judge import follower_rewards, instructor_rewards, over_represented, uses_model
-from prompts import MAX_FEW_SHOT, Question, few_shot_examples, follower_messages, instructor_prompts
+from prompts import (
+    Question,
+    few_shot_examples,
+    follower_messages,
+    instructor_prompts,
+    proposal_text,
+)
 from rl import ADVANTAGES, DTYPES, Policy, Sample, load
 
 # The libraries' progress bars and notes would drown ours. Their errors are exceptions.
@@ -47,16 +54,15 @@ transformers.utils.logging.disable_progress_bar()
 # The roles that are trained. Each has an adapter, a frozen reference ref_<role> and an optimizer.
 TRAINED_ROLES = ["instructor", "follower"]
 # q_T: attempts per seed question, their temperature (the paper's), prompts per draw of examples.
-MAX_ATTEMPTS, QUESTION_TEMPERATURE, QUESTIONS_PER_DRAW = 4, 0.7, 4
+MAX_ATTEMPTS, QUESTION_TEMPERATURE, QUESTIONS_PER_DRAW = 3, 0.7, 4
 # Verdicts that calibrate the judge, at most.
 CALIBRATION_CASES = 128
 
 
 # ------------------------------------------------------------ settings
-# A trailing comment is the setting's --help text.
 @dataclass
 class Config:
-    """Every field is a flag: max_new_tokens is --max-new-tokens."""
+    """Every field is a flag, max_new_tokens is --max-new-tokens, and its comment is the help."""
 
     out: str = "runs/seif"  # run folder
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"  # Hugging Face id or folder of a chat model
@@ -120,26 +126,24 @@ CHOICES |= {"kl_reference": ("base", "turn"), "advantage": tuple(ADVANTAGES), "l
 POSITIVE = "turns prompts_per_step num_minibatches lora_rank max_new_tokens max_proposal_tokens"
 MINIMUM = dict.fromkeys(POSITIVE.split(), 1) | {"group_size": 2, "max_prompt_tokens": 1}
 MINIMUM |= {"temperature": 0.01, "instructor_temperature": 0.01}
-MAXIMUM = {"hard_fraction": 1, "few_shot": MAX_FEW_SHOT}
+MAXIMUM = {"hard_fraction": 1, "few_shot": len(few_shot_examples("soft"))}
 
 
 def read_config(argv: list[str]) -> Config:
     """The settings that a command line asks for."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         "seif.py",
         usage="python seif.py [eval | chat | plot | merge] [--SETTING VALUE ...]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     help_texts = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for field in fields(Config):
         text = f"{help_texts[field.name]} [{field.default!r}]".replace("%", "%%")
-        boolean = field.type is bool
-        how = {"action": argparse.BooleanOptionalAction} if boolean else {"type": field.type}
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", default=field.default, help=text, **how
-        )
+        how = {"action": BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        name = "--" + field.name.replace("_", "-")
+        parser.add_argument(name, default=field.default, help=text, **how)
     parser.add_argument("--paper", action="store_true", help=f"the paper's settings: {PAPER}")
     parser.add_argument("--quick", action="store_true", help=f"a schedule of minutes: {QUICK}")
     given = [word.partition("=")[0] for word in argv]
@@ -154,15 +158,15 @@ def validate(cfg: Config) -> None:
     """InputError for the first setting that is out of range."""
     for name, value in asdict(cfg).items():
         low, high = MINIMUM.get(name, 0), MAXIMUM.get(name, math.inf)
-        limit = ""
         if value not in CHOICES.get(name, (value,)):
             limit = f"one of {', '.join(map(str, CHOICES[name]))}"
         elif isinstance(value, (int, float)) and not low <= value <= high:
             limit = f"between {low} and {high}"
         elif name.endswith("_steps") and value and not re.fullmatch(r"\d+(,\d+)*", value):
             limit = "whole numbers, such as 4,2"
-        if limit:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
+        else:
+            continue
+        raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
     if cfg.judge == "trusted" and not uses_model(cfg):
         raise InputError("--judge trusted: no model is used; add --hard-fraction 0.5")
 
@@ -197,9 +201,9 @@ def train(cfg: Config) -> None:
                 instructor_step(run, seed_questions, rng)
 
             if run.remaining("questions", 1):
-                questions, rejected = write_questions(run, run.seed_rngs())
+                questions, *counts = write_questions(run, run.seed_rngs())
                 run.save_questions(questions)
-                run.finish_step("questions", run.log.questions(questions, rejected))
+                run.finish_step("questions", run.log.questions(questions, *counts))
             questions = run.read_questions()
 
             for step in run.remaining("follower", run.num_steps("follower", turn, len(questions))):
@@ -212,7 +216,7 @@ def train(cfg: Config) -> None:
                 for role in TRAINED_ROLES:
                     save_adapter(policy, role, run.folder / f"turn{turn}" / role)
                 asked = questions[: cfg.eval_rows or None]
-                base_answers = flat(answer(run, run.baseline, asked, 1, 0.0))
+                base_answers = answer(run, run.baseline, asked, 1, greedy=True)
                 judge.score(base_answers)
                 figures = evaluate.evaluate_turn(run)
                 run.finish_step("evaluation", run.log.evaluation(figures, base_answers))
@@ -224,10 +228,10 @@ def instructor_step(run: Run, seed_questions: list[str], rng: random.Random) -> 
     """Stage 1. Reward 1 - r, r by the snapshot Follower's own answer; 0 for rejected proposals."""
     cfg, judge, temperature = run.cfg, run.judge, run.cfg.instructor_temperature
     proposals = propose(run, seed_questions, cfg.group_size, temperature, rng, len(seed_questions))
-    accepted = judge.accept(flat(proposals))
-    answers = flat(answer(run, "ref_follower", [s.question for s in accepted], 1))
+    accepted = judge.accept(proposals)
+    answers = answer(run, "ref_follower", [s.question for s in accepted], 1)
     judge.score(answers)
-    instructor_rewards(flat(proposals), answers)
+    instructor_rewards(proposals, answers)
     metrics = run.update("instructor", proposals, temperature)
     run.finish_step("instructor", run.log.instructor(proposals, answers, metrics))
 
@@ -235,8 +239,8 @@ def instructor_step(run: Run, seed_questions: list[str], rng: random.Random) -> 
 def follower_step(run: Run, batch: list[Question]) -> None:
     """Stage 2. Reward r, the share of satisfied constraints, less what the penalties take."""
     answers = answer(run, "follower", batch, run.cfg.group_size)
-    run.judge.score(flat(answers))
-    follower_rewards(flat(answers), run.cfg.penalties)
+    run.judge.score(answers)
+    follower_rewards(answers, run.cfg.penalties)
     metrics = run.update("follower", answers, run.cfg.temperature)
     run.finish_step("follower", run.log.follower(answers, metrics))
 
@@ -244,22 +248,15 @@ def follower_step(run: Run, batch: list[Question]) -> None:
 def calibrate(run: Run, rng: random.Random) -> None:
     """Test the snapshot Follower as Judger and Filter, on its answers to verifiable questions."""
     examples = few_shot_examples("hard")
-    asked = [
-        Question(seed_question, "hard", rng.choice(examples).constraints)
-        for seed_question in rng.choices(run.seed_questions, k=CALIBRATION_CASES // 2)
-    ]
-    answers = flat(answer(run, "ref_follower", asked, 1))
+    seeds = rng.choices(run.seed_questions, k=CALIBRATION_CASES // 2)
+    asked = [Question(q, "hard", rng.choice(examples).constraints) for q in seeds]
+    answers = answer(run, "ref_follower", asked, 1)
     run.judge.calibrate(answers, examples, CALIBRATION_CASES)
     run.finish_step("calibration", run.log.calibration(run.judge))
 
 
-def flat(groups: list[list[Sample]]) -> list[Sample]:
-    """All samples of all groups."""
-    return [sample for group in groups for sample in group]
-
-
-def propose(run: Run, seed_questions, n: int, temperature, rng, per_draw) -> list[list[Sample]]:
-    """n proposals of the Instructor per seed question. So many in a row share their examples."""
+def propose(run: Run, seed_questions, n: int, temperature, rng, per_draw) -> list[Sample]:
+    """n proposals of the Instructor per seed question. per_draw: how many share their examples."""
     cfg = run.cfg
     # Soft constraints need a judge that can tell.
     hard = cfg.hard_fraction if run.judge.trusts_model else 1.0
@@ -270,32 +267,44 @@ def propose(run: Run, seed_questions, n: int, temperature, rng, per_draw) -> lis
     for seed_question, kind, group in zip(seed_questions, kinds, groups):
         for sample in group:
             sample.question = Question(seed_question, kind, ())
-    return groups
+    return sum(groups, [])
 
 
-def answer(run: Run, role: str | None, questions: list[Question], n: int, temperature=None):
-    """n answers of `role` per question: groups of samples. None is the base model."""
+def answer(run: Run, role: str | None, questions, n: int, greedy=False) -> list[Sample]:
+    """n answers of `role` per question. None is the base model."""
     cfg = run.cfg
     prompts = [follower_messages(q.instruction, cfg.think) for q in questions]
-    temperature = cfg.temperature if temperature is None else temperature
+    temperature = 0.0 if greedy else cfg.temperature
     with run.policy.using(role):
         groups = run.policy.sample(prompts, n, cfg.max_new_tokens, temperature)
     for question, group in zip(questions, groups):
         for sample in group:
             sample.question = question
-    return groups
+    return sum(groups, [])
 
 
-def write_questions(run: Run, rng: random.Random) -> tuple[list[Question], Counter]:
-    """q_T: the Instructor writes one question per seed question, with a few attempts each."""
+def write_questions(run: Run, rng: random.Random) -> tuple[list[Question], Counter, int]:
+    """q_T: the Instructor writes one question per seed question, with a few attempts each.
+
+    Seed questions without an accepted one take the constraints of few-shot examples, where the
+    Filter is rules. A small model's q_T would be small and of few categories. Returns their number.
+    """
     cfg, questions, rejected, categories = run.cfg, [], Counter(), Counter()
     count = min(cfg.questions_per_turn or len(run.seed_questions), len(run.seed_questions))
     pending = rng.sample(run.seed_questions, count)
     temperature = min(QUESTION_TEMPERATURE, cfg.instructor_temperature)
-    for _ in range(MAX_ATTEMPTS):
-        proposals = flat(propose(run, pending, 1, temperature, rng, QUESTIONS_PER_DRAW))
+    rules, written, pool = run.judge.filter_mode == "rules", 0, few_shot_examples("hard")
+    for attempt in range(MAX_ATTEMPTS + rules):
+        if attempt < MAX_ATTEMPTS:
+            proposals = propose(run, pending, 1, temperature, rng, QUESTIONS_PER_DRAW)
+        else:
+            written = len(questions)
+            texts = cycle(map(proposal_text, rng.sample(pool, len(pool))))
+            proposals = [
+                Sample([], [], next(texts), True, Question(q, "hard", ())) for q in pending
+            ]
         for s in run.judge.accept(proposals):
-            if run.judge.filter_mode == "rules":
+            if rules:
                 size = max(len(questions) + 1, count // 2)
                 s.rejected = over_represented(s.question, categories, size)
             if not s.rejected:
@@ -304,7 +313,7 @@ def write_questions(run: Run, rng: random.Random) -> tuple[list[Question], Count
         pending = [s.question.seed_question for s in proposals if s.rejected]
     # Shuffled, so that the first rows are not those accepted at the first attempt.
     rng.shuffle(questions)
-    return questions, rejected
+    return questions, rejected, len(questions) - written if rules else 0
 
 
 # ------------------------------------------------------------ command line
@@ -313,16 +322,16 @@ COMMANDS = {"eval": evaluate.main, "chat": chat.main, "plot": plot.main, "merge"
 
 def main(argv: list[str]) -> int:
     """Run a command. User errors end in one line and exit status 2."""
-    resumes = "" if argv and argv[0] in COMMANDS else "; the same command resumes the run"
+    command = COMMANDS.get(argv[0]) if argv else None
+    resumes = "" if command else "; the same command resumes the run"
     try:
-        if argv and argv[0] in COMMANDS:
-            if len(argv) == 1:
-                runs = [str(path.parent) for path in sorted(Path("runs").glob("*/config.json"))]
-                raise InputError(f"{argv[0]} needs a run folder; runs: {', '.join(runs) or 'none'}")
-            open_finished = functools.partial(evaluate.open_run, Config, load_policy)
-            COMMANDS[argv[0]](argv[1:], open_finished)
-        else:
+        if not command:
             train(read_config(argv))
+        elif len(argv) > 1:
+            command(argv[1:], functools.partial(evaluate.open_run, Config, load_policy))
+        else:
+            runs = [str(path.parent) for path in sorted(Path("runs").glob("*/config.json"))]
+            raise InputError(f"{argv[0]} needs a run folder; runs: {', '.join(runs) or 'none'}")
         return 0
     except InputError as error:
         print(f"seif: {' '.join(str(error).split())}", file=sys.stderr)

@@ -8,6 +8,8 @@ import re
 
 from jinja2 import TemplateError
 
+from prompts import THOUGHT_END, THOUGHT_START
+
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 YES, NO = ("yes", "Yes", "YES", " yes", " Yes"), ("no", "No", "NO", " no", " No")
@@ -19,8 +21,8 @@ class ChatTemplate:
     eos: ids that end a reply. yes_tokens, no_tokens: first ids of a verdict. date: None for today.
     """
 
-    # Special tokens of some tokenizers that belong to the format of an answer.
-    TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+    # Special tokens of some tokenizers that belong to the format of an answer, or of a thought.
+    TAGS = re.compile(r"</?answer>|.*(?:think|thought|reasoning|channel).*|<\|message\|>", re.I)
     # Probe messages. Private-use characters show where a template puts a content.
     SYSTEM, USER, ASSISTANT = (
         {"role": role, "content": f"\ue000{role}\ue001"} for role in ("system", "user", "assistant")
@@ -31,7 +33,7 @@ class ChatTemplate:
         self.date = None
         special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.special_pattern = re.compile("|".join(map(re.escape, special.values())) or r"(?!)")
-        self.hidden_ids = {i for i, text in special.items() if text not in self.TAGS}
+        self.hidden_ids = {i for i, text in special.items() if not self.TAGS.fullmatch(text)}
         self.content_in_parts = False
         self.content_in_parts = not self._keeps(self.USER)
         if not self._keeps(self.USER):
@@ -40,6 +42,7 @@ class ChatTemplate:
         # The special token after an assistant message, if there is one, ends a reply.
         text = self._render([self.USER, self.ASSISTANT], add_prompt=False, ignore=TEMPLATE_ERRORS)
         end = text.rpartition(self.ASSISTANT["content"])[2].strip()
+        self.skip_thought = self._skip_thought(text.partition(self.ASSISTANT["content"])[0])
         self.eos = eos | ({*tokenizer.encode(end, add_special_tokens=False)[:1]} & self.hidden_ids)
         self.yes_tokens, self.no_tokens = self._first_tokens(YES), self._first_tokens(NO)
 
@@ -47,9 +50,22 @@ class ChatTemplate:
         text = self._render(list(messages), ignore=TEMPLATE_ERRORS)
         return all(text.count(m["content"]) == 1 for m in messages)
 
+    def _skip_thought(self, before_answer: str) -> str:
+        """What stands between the generation prompt and an answer without a thought."""
+        prompt = self._render([self.USER])
+        channel = before_answer.removeprefix(prompt)
+        if before_answer.startswith(prompt) and THOUGHT_END.search(channel):
+            return channel
+        starts = list(THOUGHT_START.finditer(prompt))
+        if not starts or prompt[starts[-1].end() :].strip():
+            return ""
+        closing = {"[THINK]": "[/THINK]", "<|channel>thought": "<channel|>"}
+        default = starts[-1][0].replace("<", "</", 1)
+        return closing.get(starts[-1][0], f"\n{default}\n\n")
+
     def _first_tokens(self, words: tuple[str, ...]) -> list[int]:
         """Ids of the words that are a single token at the start of a reply."""
-        prompt = self.encode([self.USER])
+        prompt = self.encode([self.USER], skip_thought=True)
         ids = [self.encode([self.USER, {"role": "assistant", "content": w}]) for w in words]
         return sorted({i[-1] for i in ids if i[:-1] == prompt})
 
@@ -67,8 +83,11 @@ class ChatTemplate:
         except ignore:
             return ""
 
-    def encode(self, messages: list[dict]) -> list[int]:
-        """Messages -> prompt ids. Special tokens inside a content are encoded as plain text."""
+    def encode(self, messages: list[dict], skip_thought: bool = False) -> list[int]:
+        """Messages -> prompt ids. Special tokens inside a content are encoded as plain text.
+
+        skip_thought: the next token belongs to the answer, not to a thought of the model's own.
+        """
         # A last assistant message is a prefill. The reply continues it.
         prefill = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -82,7 +101,9 @@ class ChatTemplate:
         prompt = self._render(messages)
         # Joined as text: encode() may add a space per call. Some templates write <think>, too.
         if not (prefill.startswith("<") and prompt.rstrip().endswith(prefill)):
-            prompt += prefill
+            # A prefill is part of the answer, but for one that opens a thought.
+            skip_thought = skip_thought or (prefill and not THOUGHT_START.match(prefill))
+            prompt += (self.skip_thought if skip_thought else "") + prefill
         ids = []
         for part in re.split("(\ue000\\d+\ue001)", prompt) if marks else [prompt]:
             ids += self.tokenizer.encode(

@@ -106,12 +106,11 @@ class Log:
     # -------------------------------------------- rows
     def instructor(self, proposals: list, answers: list, metrics: dict) -> dict:
         """Row of an Instructor step. answers: the snapshot's, to the accepted proposals."""
-        samples = [s for group in proposals for s in group]
-        rejected = [s for s in samples if s.rejected]
-        accepted = [s for s in samples if not s.rejected]
+        rejected = [s for s in proposals if s.rejected]
+        accepted = [s for s in proposals if not s.rejected]
         return {
-            **step_row(samples, metrics, Counter(map(outcome, answers + rejected))),
-            "valid": len(accepted) / len(samples),
+            **step_row(proposals, metrics, Counter(map(outcome, answers + rejected))),
+            "valid": len(accepted) / len(proposals),
             "snapshot_r": mean_r(answers),
             "rejected": dict(Counter(s.rejected for s in rejected)),
             **categories([s.question for s in accepted]),
@@ -120,17 +119,21 @@ class Log:
 
     def follower(self, answers: list, metrics: dict) -> dict:
         """Row of a Follower step."""
-        samples = [s for group in answers for s in group]
-        missing = sum(s.reward is None for s in samples) / len(samples)
-        row = step_row(samples, metrics, Counter(map(outcome, samples)))
-        examples = [example(group[0], group[0].reward) for group in answers[:2]]
+        missing = sum(s.reward is None for s in answers) / len(answers)
+        row = step_row(answers, metrics, Counter(map(outcome, answers)))
+        examples = [example(s, s.reward) for s in answers[:: self.cfg.group_size][:2]]
         return {**row, "missing": missing, "samples": examples}
 
-    def questions(self, questions: list, rejected: Counter) -> dict:
+    def questions(self, questions: list, rejected: Counter, from_examples: int) -> dict:
         """Row of q_T."""
-        acceptance = len(questions) / (len(questions) + rejected.total())
-        row = {"questions": len(questions), "acceptance": acceptance, "rejected": dict(rejected)}
-        return {**row, **categories(questions)}
+        accepted = len(questions) - from_examples
+        return {
+            "questions": len(questions),
+            "from_examples": from_examples,
+            "acceptance": accepted / max(1, accepted + rejected.total()),
+            "rejected": dict(rejected),
+            **categories(questions),
+        }
 
     def calibration(self, judge) -> dict:
         """Row of the judge's calibration. Prints what follows from it."""
@@ -250,7 +253,8 @@ def step_line(row: dict) -> str:
         if "valid" in row:
             text += f", valid {row['valid']:.0%}, snapshot r {number(row['snapshot_r'], '.2f')}"
     if "acceptance" in row:
-        text += f": {row['questions']} questions, {row['acceptance']:.0%} of attempts accepted"
+        text += f": {row['questions']} questions, {row['from_examples']} of them from examples"
+        text += f", {row['acceptance']:.0%} of attempts accepted"
         text += f", most in one category {row['top_share']:.0%}"
     if "heldout_follower" in row:
         text += f": held-out {number(row['heldout_follower']['instruction_strict'], '.1%')}"

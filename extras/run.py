@@ -159,8 +159,13 @@ class Run:
         torch.manual_seed(rng.getrandbits(63))
         return rng
 
-    def update(self, role: str, groups: list[list[Sample]], temperature: float) -> dict:
-        """One GRPO step. InputError after several steps in a row without a finite gradient."""
+    def update(self, role: str, samples: list[Sample], temperature: float) -> dict:
+        """One GRPO step. InputError after several steps in a row without a finite gradient.
+
+        samples: cfg.group_size of one prompt, those of the next, and so on.
+        """
+        size = self.cfg.group_size
+        groups = [samples[i : i + size] for i in range(0, len(samples), size)]
         reference, optimizer = f"ref_{role}", self.optimizers[role]
         if role == "follower" and self.cfg.kl_reference == "base":
             reference = self.baseline

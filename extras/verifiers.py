@@ -352,6 +352,12 @@ def count_intervals(parsed: list[tuple[str, dict]]) -> dict[tuple, tuple[float, 
     return allowed
 
 
+def allowed_count(parsed: list[tuple[str, dict]], unit: str) -> tuple[float, float]:
+    """(lowest, highest) number of "words" or "sentences" that all constraints allow."""
+    key = (f"length_constraints:number_{unit}", None)
+    return count_intervals(parsed).get(key, (0, math.inf))
+
+
 def find_contradiction(parsed: list[tuple[str, dict]]) -> str:
     """Why constraints cannot be satisfied together, "" if no contradiction is found."""
     categories = {category(id) for id, _ in parsed}
@@ -363,9 +369,7 @@ def find_contradiction(parsed: list[tuple[str, dict]]) -> str:
     for (id, item), (low, high) in allowed.items():
         if low > high:
             return f"{id} {item or ''}: at least {low} and at most {high}"
-    least_sentences, _ = allowed.get(("length_constraints:number_sentences", None), (0, math.inf))
-    _, most_words = allowed.get(("length_constraints:number_words", None), (0, math.inf))
-    if least_sentences > most_words:
+    if allowed_count(constraints, "sentences")[0] > allowed_count(constraints, "words")[1]:
         return "more sentences than words"
     languages = {kwargs["language"] for _, kwargs in constraints if kwargs.get("language")}
     return "more than one language" if len(languages) > 1 else ""

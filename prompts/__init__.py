@@ -16,6 +16,17 @@ FOLDER = Path(__file__).parent
 NUM_CONSTRAINTS = {"hard": 3, "soft": 5}
 # A small model would answer the question instead, so its proposal is started for it.
 INSTRUCTOR_PREFILL = {"hard": '{"c1": "Your answer must', "soft": '{"c1": "'}
+# Marks around a model's own thought: Qwen and DeepSeek, Seed-OSS, Magistral, Gemma 4, Cohere, Kimi.
+# gpt-oss thinks in a channel "analysis" and answers in "final".
+_NAME = r"(?:\w+:)?(?:think|thinking|thought|reasoning)>"
+THOUGHT_START = re.compile(
+    rf"<{_NAME}|\[THINK\]|<\|channel>thought|<\|START_THINKING\|>|◁think▷"
+    r"|<\|channel\|>(?!final)"
+)
+THOUGHT_END = re.compile(
+    rf"</{_NAME}|\[/THINK\]|<channel\|>|<\|END_THINKING\|>|◁/think▷"
+    r"|<\|channel\|>final<\|message\|>"
+)
 # A proposal's JSON is searched for in so many characters.
 MAX_PROPOSAL_CHARS = 20_000
 
@@ -55,9 +66,6 @@ def few_shot_examples(kind: str) -> list[Question]:
     ]
 
 
-MAX_FEW_SHOT = min(len(few_shot_examples(kind)) for kind in NUM_CONSTRAINTS)
-
-
 def user(text: str) -> dict:
     """A user message."""
     return {"role": "user", "content": text}
@@ -80,10 +88,15 @@ def instructor_messages(seed_question: str, kind: str, examples: list[Question])
     count = NUM_CONSTRAINTS[kind]
     messages = [system(prompt_text(f"instructor_{kind}"))]
     for example in examples:
-        proposal = {f"c{i}": c for i, c in enumerate(example.constraints, 1)}
         messages.append(user(ask.format(count, example.seed_question)))
-        messages.append(assistant(json.dumps(proposal, ensure_ascii=False)))
+        messages.append(assistant(proposal_text(example)))
     return [*messages, user(ask.format(count, seed_question)), assistant(INSTRUCTOR_PREFILL[kind])]
+
+
+def proposal_text(question: Question) -> str:
+    """The JSON that an Instructor writes for a question's constraints."""
+    proposal = {f"c{i}": c for i, c in enumerate(question.constraints, 1)}
+    return json.dumps(proposal, ensure_ascii=False)
 
 
 def instructor_prompts(seed_questions, kinds, few_shot: int, per_draw: int, rng: random.Random):
@@ -169,8 +182,9 @@ def extract_answer(text: str, think: bool) -> str:
     "<think>a</think><answer> b</answer>" -> "b".
     """
     if not think:
-        # Some chat templates open a thought of the model's own.
-        return text.rpartition("</think>")[2].strip()
+        # A thought of the model's own. One that is not closed has no answer after it.
+        text = THOUGHT_END.split(text)[-1].strip()
+        return "" if THOUGHT_START.match(text) else text
     format = r"\s*<think>(.*?)</think>\s*<answer>(.*)</answer>\s*"
     match = re.fullmatch(format, text, re.DOTALL)
     if not match or re.search(r"</?(think|answer)>", match[1] + match[2]):

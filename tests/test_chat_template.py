@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 import rl
 from extras.chat_template import ChatTemplate
+from prompts import extract_answer
 
 EOT, IM_START, IM_END = 256, 257, 258
 
@@ -168,3 +169,47 @@ def test_a_prefill_that_the_template_writes_itself_is_not_repeated():
     chat = chat_template(CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}")
     prompt = chat.encode(conversation("hi"))
     assert chat.encode(conversation("hi", ("assistant", "<think>"))) == prompt
+
+
+HARMONY = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
+    "<|channel|>final{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+OPENS = CHATML + "{% if add_generation_prompt %}MARK\n{% endif %}"
+# fmt: off
+THOUGHTS = [
+    # Special tokens, template, reply, answer, text before a prefill.
+    (["<|start|>", "<|end|>", "<|channel|>", "<|message|>"], HARMONY,
+     "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
+     "Yes.", "<|channel|>final<|message|>"),
+    (["<|channel>", "<channel|>"], CHATML, "<|channel>thought\nHm.<channel|>Yes.", "Yes.", ""),
+    (["<|channel>", "<channel|>"], OPENS.replace("MARK", "<|channel>thought"),
+     "Hm.<channel|>Yes.", "Yes.", "<channel|>"),
+    (["[THINK]", "[/THINK]"], CHATML, "[THINK]Hm.[/THINK]Yes.", "Yes.", ""),
+    ([], OPENS.replace("MARK", "[THINK]"), "Hm.[/THINK]Yes.", "Yes.", "[/THINK]"),
+    (["<think>", "</think>"], OPENS.replace("MARK", "<think>"), "Hm.\n</think>\n\nYes.", "Yes.",
+     "\n</think>\n\n"),
+    (["<seed:think>", "</seed:think>"], CHATML, "<seed:think>Hm.</seed:think>Yes.", "Yes.", ""),
+    # A thought that is not closed has no answer. A closed one of the template's needs no mark.
+    (["[THINK]", "[/THINK]"], CHATML, "[THINK]Hm. Yes.", "", ""),
+    ([], OPENS.replace("MARK", "<think>\n\n</think>"), "Yes.", "Yes.", ""),
+    ([], CHATML, "I [THINK] so, in a <channel> of it.", "I [THINK] so, in a <channel> of it.", ""),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("special, template, reply, answer, before_prefill", THOUGHTS)
+def test_the_answer_follows_a_thought_in_any_marks(
+    special, template, reply, answer, before_prefill
+):
+    chat = chat_template(template, special=special)
+    ids = chat.tokenizer.encode(reply, add_special_tokens=False)
+    assert extract_answer(chat.decode(ids), think=False) == answer
+    # The Instructor's prefill and a verdict stand where the answer does.
+    prompt = chat.encode(conversation("hi"))
+    skipped = chat.encode(conversation("hi"), skip_thought=True)
+    assert chat.tokenizer.decode(skipped[len(prompt) :]) == before_prefill
+    prefilled = chat.encode(conversation("hi", ("assistant", '{"c1": "')))
+    assert prefilled[: len(skipped)] == skipped
+    assert chat.tokenizer.decode(prefilled[len(skipped) :]) == '{"c1": "'

@@ -110,7 +110,7 @@ def test_a_third_trained_role_is_one_entry_in_a_list(setup, tmp_path, monkeypatc
     for i, sample in enumerate(group):
         sample.reward = float(i % 2)
     # A fork's row is logged as it stands.
-    run.finish_step("critic", {"reward": 0.5, **run.update("critic", [group], 1.0)})
+    run.finish_step("critic", {"reward": 0.5, **run.update("critic", group, 1.0)})
     run.close()
     trained = saved_adapters(tmp_path / "run")
     moved = {role for role, t in trained.items() if any(t[n].any() for n in t if "lora_B" in n)}
