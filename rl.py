@@ -188,29 +188,29 @@ class Policy:
             self.unpack_weights(UNPACK_CPU_MIB * 2**20)
 
     def _wrap_layers(self) -> None:
-        targets = lora_targets(self.model, self.rank)
-        if not targets:
-            reason = f"no Linear layer of at least --lora-rank {self.rank} (GPT-2's are Conv1D)"
-            raise InputError(f"--model {self.name}: {reason}")
         for module in self.model.modules():
             # bitsandbytes would repack weights for an inference kernel without gradients.
             module.support_avx512bf16_for_cpu = False
-        for name in targets:
+        for name in lora_targets(self.model, self.rank):
             parent, _, leaf = name.rpartition(".")
             layer = self.lora[name] = LoRALinear(self.model.get_submodule(name))
             setattr(self.model.get_submodule(parent), leaf, layer)
 
     def smoke_test(self) -> None:
-        """Sample a token and score one: unsupported models fail here with a clear message."""
+        """Sample and score by an adapter: unsupported models fail here with a clear message."""
+        self.add("smoke_test")
         try:
-            self.sample([[self.chat.USER]], 1, 2, 0.0)
-            with torch.no_grad():
+            with self.using("smoke_test"), torch.no_grad():
+                self.sample([[self.chat.USER]], 1, 2, 0.0)
                 list(self.engine.logprobs([([1, 2], [3])]))
         except InputError:
             raise
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise InputError(f"--model {self.name}: does not compute here ({reason})") from error
+        for layer in self.lora.values():
+            for parts in (layer.A, layer.B, layer.scale):
+                parts.pop("smoke_test")
 
     @contextmanager
     def using(self, role: str | None):

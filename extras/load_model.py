@@ -4,7 +4,7 @@ Which layers get LoRA, in which type to compute, what is wrong with a checkpoint
 """
 
 import math
-import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ from extras.data import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # peft maps these names in a mixture of experts to the experts' stacked weights.
-EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
+# Models in which peft refuses out_proj.
+MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def fast_dtype(cuda: bool) -> str:
@@ -97,37 +99,53 @@ def decoder_layers(model) -> nn.ModuleList:
 
 
 def lora_targets(model, rank: int) -> list[str]:
-    """Names of the layers that get LoRA. Prints the share of weights that are left out.
-
-    LoRA goes on every linear layer of the decoder's layers, except in mixtures of experts.
-    subtle: in a model with experts peft maps an adapter of any up_proj to the experts' stacked
-    weights of that name. So the place of a mixture is left out in every layer.
+    """Names of the layers that get LoRA: the linear layers of the decoder's layers, but for those
+    that left_out_reason() names. Prints what is left out. InputError if nothing remains.
     """
     layers = decoder_layers(model)
     start = next(n for n, m in model.named_modules() if m is layers)
-    modules = [(f"{start}.{name}", module) for name, module in layers.named_modules()]
-    # left_out, adapted: number of weights by name.
-    mixtures, adapted, left_out = set(), {}, {}
-    for name, module in modules:
-        own = module.parameters(recurse=False)
-        stacked = [p for p in own if p.dim() == 3 and min(p.shape) > 1]
-        if stacked and not isinstance(module, nn.Conv1d):
-            mixtures.add(re.sub(r"\d+", "*", name.rpartition(".")[0]) + ".")
-            left_out[name] = sum(p.numel() for p in stacked)
-    for name, module in modules:
-        if not isinstance(module, nn.Linear):
-            continue
-        sizes = module.in_features, module.out_features
-        place = re.sub(r"\d+", "*", name)
-        is_expert = name.rpartition(".")[2] in EXPERT_NAMES or place.startswith(tuple(mixtures))
-        if (mixtures and is_expert) or min(sizes) < rank:
-            left_out[name] = math.prod(sizes)
-        else:
-            adapted[name] = math.prod(sizes)
-    share = sum(left_out.values()) / max(1, sum((adapted | left_out).values()))
-    if adapted and round(share, 2):
-        print(f"  no LoRA on {share:.0%} of the layers' weights: {next(iter(left_out))} ...")
-    return list(adapted)
+    modules = {f"{start}.{name}": module for name, module in layers.named_modules() if name}
+    mixtures, sizes, reasons = set(), {}, {}
+    for name, module in modules.items():
+        stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+        if stacked and "expert" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower():
+            # The block around them, with its router, unless that is the decoder layer itself.
+            block = name.rpartition(".")[0]
+            mixtures.add((name if modules.get(block) in list(layers) else block) + ".")
+            sizes[name], reasons[name] = sum(p.numel() for p in stacked), "experts"
+    mamba = getattr(model.config, "model_type", None) in MAMBA_TYPES
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear):
+            sizes[name] = module.in_features * module.out_features
+            if reason := left_out_reason(name, module, rank, mixtures, mamba):
+                reasons[name] = reason
+    counts = Counter(reasons.values())
+    if len(reasons) == len(sizes):
+        found = ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "GPT-2's are Conv1D"
+        raise InputError(f"no Linear layer in the decoder's layers that LoRA can adapt ({found})")
+    share = sum(sizes[name] for name in reasons) / sum(sizes.values())
+    if round(share, 2) or "out_proj of a Mamba model" in counts:
+        text = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+        print(f"  no LoRA on {share:.0%} of the layers' weights: {text}; {next(iter(reasons))} ...")
+    return [name for name in sizes if name not in reasons]
+
+
+def left_out_reason(name: str, module: nn.Linear, rank: int, mixtures: set, mamba: bool) -> str:
+    """Why a linear layer gets no LoRA, or "".
+
+    subtle: in a model with experts peft maps an adapter of any up_proj to the experts' stacked
+    weights of that name, and it refuses out_proj in Mamba models, whose kernels bypass it.
+    """
+    leaf = name.rpartition(".")[2]
+    if min(module.in_features, module.out_features) < rank:
+        return f"smaller than --lora-rank {rank}"
+    if mixtures and (leaf in EXPERT_NAMES or name.startswith(tuple(mixtures))):
+        return "experts"
+    if mamba and leaf == "out_proj":
+        return "out_proj of a Mamba model"
+    quantised = hasattr(module.weight, "quant_state")
+    plain = quantised or type(module).forward is nn.Linear.forward
+    return "" if plain else f"{type(module).__name__} with a forward of its own"
 
 
 def context_length(config) -> float:

@@ -445,12 +445,70 @@ def test_an_unsupported_model_is_refused_in_one_line(tmp_path):
     mamba = make_model(tmp_path / "mamba", "mamba", state_size=16, time_step_rank=16)
     with pytest.raises(InputError, match=r"does not compute here \(AttributeError"):
         rl.load(mamba, 16)
-    with pytest.raises(InputError, match="no Linear layer of at least --lora-rank 500"):
+    with pytest.raises(InputError, match=r"LoRA can adapt \(14 smaller than --lora-rank 500"):
         rl.load(make_model(tmp_path / "llama"), 16, rank=500)
     with pytest.raises(InputError, match="no list of layers"):
         load_model.decoder_layers(types.SimpleNamespace(get_decoder=lambda: torch.nn.Linear(2, 2)))
     with pytest.raises(InputError, match="^--model no/such-model: .*$"):
         rl.load("no/such-model")
+
+
+# Config, its sizes; leaf names of layers with LoRA; the reasons printed for those without.
+QKVO = "q_proj k_proj v_proj o_proj"
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+PLACES = [
+    # Experts directly in the decoder layer, beside a dense MLP of the same names.
+    (
+        "Gemma4TextConfig",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, **MOE},
+        f"{QKVO} per_layer_input_gate per_layer_projection proj",
+        "experts;",
+    ),
+    # Experts in the place that holds attention or a Mamba block in other layers.
+    (
+        "NemotronHConfig",
+        {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "n_routed_experts": 4, **MOE},
+        f"{QKVO} in_proj",
+        "experts, 1 out_proj of a Mamba model",
+    ),
+    # Gates with three dimensions are no experts.
+    (
+        "RecurrentGemmaConfig",
+        {"num_hidden_layers": 3, "lru_width": 64},
+        f"{QKVO} gate_proj up_proj down_proj linear_x linear_y linear_out",
+        "",
+    ),
+    ("Mamba2Config", {"num_heads": 8, "n_groups": 1}, "in_proj", "2 out_proj of a Mamba model;"),
+    # A subclass of Linear that computes block by block.
+    (
+        "DeepseekV4Config",
+        {"n_routed_experts": 4, "o_groups": 2, "q_lora_rank": 16, "o_lora_rank": 16, **MOE},
+        "q_a_proj q_b_proj kv_proj o_b_proj",
+        "2 DeepseekV4GroupedLinear with a forward of its own;",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, sizes, leaves, printed", PLACES, ids=[row[0] for row in PLACES])
+def test_lora_goes_on_what_computes_as_a_linear_layer(name, sizes, leaves, printed, capsys):
+    sizes = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2, "vocab_size": 264, **sizes}
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128} | sizes
+    config = getattr(transformers, name)(**sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    found = load_model.lora_targets(model, rank=4)
+    assert {name.rpartition(".")[2] for name in found} == set(leaves.split())
+    assert printed in (out := capsys.readouterr().out) and bool(out) == bool(printed)
+
+
+def test_a_model_that_fails_with_an_adapter_only_is_refused_at_load(folders, monkeypatch):
+    forward = rl.LoRALinear.forward
+    wrong = lambda layer, x: forward(layer, x[..., :-1] if layer.active_adapter else x)
+    monkeypatch.setattr(rl.LoRALinear, "forward", wrong)
+    with pytest.raises(InputError, match=r"does not compute here \(RuntimeError"):
+        rl.load(folders("llama"), 16)
+    monkeypatch.undo()
+    assert not next(iter(rl.load(folders("llama"), 16).lora.values())).A
 
 
 ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
