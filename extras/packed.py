@@ -108,7 +108,7 @@ def attend(query, key, value, mask, prefix=None) -> Tensor:
     if length > 1:
         mask = mask.repeat(1, groups, 1)
     key, value = key.flatten(0, 1), value.flatten(0, 1)
-    scores = (query @ key.mT).add_(mask)
+    scores = torch.baddbmm(mask, query, key.mT)
     if prefix is None:
         return (scores.softmax(-1) @ value).view(n, heads, length, dim)
     # (h, n * H / h, D) against (h, P, D).
