@@ -175,7 +175,7 @@ class Judge:
     @property
     def filter_mode(self) -> str:
         """As set, with rules in place of a model that is not reliable."""
-        reliable = self.trusts_model and self.filter.reliable
+        reliable = self.trusts_model and (self.cfg.judge != "hybrid" or self.filter.reliable)
         return self.cfg.filter if reliable or self.cfg.filter == "off" else "rules"
 
     def calibrate(self, samples: list, examples: list[Question], max_cases: int) -> None:

@@ -91,7 +91,7 @@ class Config:
     advantage: str = "grpo"  # grpo, rloo, dr_grpo; equations in rl.py
     lr: float = 6e-5  # AdamW learning rate; LoRA needs more than the paper's 1e-6
     kl_coef: float = 0.1  # weight of the KL to the reference policy
-    kl_reference: str = "base"  # the Follower's: base model, or its own start of the turn
+    kl_reference: str = "base"  # the Follower's: base or --init-follower; or turn, its start
     num_minibatches: int = 1  # optimizer steps per rollout
     lora_rank: int = 16  # LoRA rank; alpha is twice as much
     max_new_tokens: int = 256  # token limit of an answer; cut-off answers get reward 0
@@ -102,7 +102,7 @@ class Config:
 
 
 # Presets are command lines. Of a repeated flag the last one counts: CPU, --paper, --quick, yours.
-# CPU: without a GPU and without --model, the embedded 135M model for a few minutes.
+# CPU: without a GPU and without --model, the embedded 135M model for 20 minutes.
 CPU = f"""
     --model {smollm2.NAME} --turns 1 --prompts-per-step 8 --instructor-steps 2,1
     --follower-steps 16,8 --questions-per-turn 48 --min-words 20 --temperature 0.7

@@ -1,8 +1,8 @@
 """evaluate.py: accuracy on rows in IFEval's format, and what it was bought with.
 
 Accuracy can rise with emptier answers, since verifiers check form alone. Other figures show it:
-    reward       what training optimises: the share of satisfied instructions, 0 if cut off, empty
-                 or an echo of the prompt
+    reward       share of satisfied instructions, 0 if cut off, empty or an echo of the prompt: what
+                 training optimises, without its penalties
     words        median length, short: share of answers under 10 words; both without the rows that
                  have a length constraint
     repeated     share of answers that repeat themselves
@@ -105,10 +105,11 @@ def best_turn(evaluations: list[dict]) -> str:
     for row in evaluations:
         figures = row["heldout_follower"]
         # None where no row names a seed question. Log p is negative.
-        worse_logp = figures["logp"] and figures["logp"] < (1 + MAX_LOGP_LOSS) * base["logp"]
+        limit = (1 + MAX_LOGP_LOSS) * (base["logp"] or -np.inf)
+        worse_logp = figures["logp"] and figures["logp"] < limit
         lost = (base["relevance"] or 0) - (figures["relevance"] or 0)
         if not worse_logp and lost <= MAX_RELEVANCE_LOSS:
-            kept[row["turn"]] = figures["instruction_strict"]
+            kept[row["turn"]] = figures["instruction_strict"] or 0.0
     limits = f"log p within {MAX_LOGP_LOSS:.0%}, relevance within {MAX_RELEVANCE_LOSS:.0%} of base"
     best = max(kept, key=kept.get, default=None)
     return f"best turn: {best or 'none'} ({limits})"
@@ -128,7 +129,8 @@ def greedy_answers(policy, role: str | None, prompts: list[str], cfg) -> list[rl
             samples += [group[0] for group in policy.sample(chunk, 1, cfg.max_new_tokens, 0.0)]
     for sample in samples:
         # Without <answer> tags the whole text is judged: base models do not write them.
-        sample.answer = extract_answer(sample.text, cfg.think) or sample.text
+        answer = extract_answer(sample.text, cfg.think)
+        sample.answer = answer or (sample.text if cfg.think else "")
     return samples
 
 
@@ -208,7 +210,9 @@ def make_record(row: dict, sample: rl.Sample, verify: Callable = verify_known) -
     record["loose"] = [check_loose(*instruction, text, verify) for instruction in instructions]
     seed, _, constraints = prompt.partition("\n") if seed_question else (prompt, "", "")
     echo = is_echo(Question(seed, "hard", tuple(constraints.split("\n"))), text)
-    record["reward"] = _mean(record["strict"]) if sample.ended and text and not echo else 0.0
+    known = [verdict for verdict in record["strict"] if verdict is not None]
+    complete = sample.ended and text and not echo
+    record["reward"] = 0.0 if not complete else _mean(known) if known else None
     record["length_rule"] = any(id.startswith("length_constraints:") for id, _ in instructions)
     record["lower_bound"] = [
         verdict
@@ -257,7 +261,7 @@ def evaluate(
 def read_base(folder: Path) -> dict:
     """The base model's figures. InputError if the file is damaged."""
     rows = [row for _, row in data.read_jsonl(folder / "base.json")]
-    if len(rows) != 1 or "threshold" not in rows[0]:
+    if len(rows) != 1 or not {"threshold", "reward"} <= rows[0].keys():
         raise data.InputError(f"{folder / 'base.json'}: damaged; delete it to measure again")
     return rows[0]
 

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from extras import data, evaluate, smollm2
-from extras.verifiers import category
+from extras.verifiers import category, repeats_itself
 from judge import Verdict, is_echo, parsed_constraints, satisfaction, uses_model
 
 LOGGERS = ("none", "wandb", "tensorboard", "trackio")
@@ -38,7 +38,7 @@ HELDOUT = {
 FIXES = {
     "answer cut off": "raise --max-new-tokens",
     "answer empty": "try --no-think or another --model",
-    "answer repeats itself": "lower the temperature or clear --penalties",
+    "answer repeats itself": "try --penalties length or another --model",
     "no verdict": "try --filter rules, --hard-fraction 1 or --judge trusted",
     "rewarded": "equal rewards; raise --group-size or the temperature",
 }
@@ -54,7 +54,7 @@ def outcome(sample) -> str:
         return "answer empty"
     if is_echo(sample.question, sample.answer):
         return "answer echoes the instruction"
-    if sample.reward == 0 and satisfaction(sample.verdicts):
+    if sample.reward == 0 and repeats_itself(sample.answer):
         return "answer repeats itself"
     return "no verdict" if satisfaction(sample.verdicts) is None else "rewarded"
 
@@ -221,15 +221,15 @@ def evaluations(rows: list[dict]) -> list[dict]:
 
 def step_row(samples: list, metrics: dict, outcomes: Counter) -> dict:
     """The fields of both training stages."""
-    rewards = [s.reward for s in samples if s.reward is not None] or [math.nan]
+    rewards = [s.reward for s in samples if s.reward is not None]
     if torch.cuda.is_available():
         # The GPU's peak, else what the process holds now.
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = psutil.Process().memory_info().rss
     return {
-        "reward": statistics.fmean(rewards),
-        "reward_std": statistics.pstdev(rewards),
+        "reward": statistics.fmean(rewards) if rewards else math.nan,
+        "reward_std": statistics.pstdev(rewards) if rewards else math.nan,
         "length": sum(len(s.tokens) for s in samples) / len(samples),
         "cut": sum(not s.ended for s in samples) / len(samples),
         "outcomes": dict(outcomes),
