@@ -113,6 +113,8 @@ def test_accuracy_and_relevance_by_hand(monkeypatch):
     assert [r["pmi"] for r in records] == [2.0, None, 0.0, None]
     assert [r["relevant"] for r in records] == [True, False, False, None]
     assert [figures[k] for k in ("logp", "relevance")] == [-3, 1 / 3]
+    # The third is an echo. The undecided row has no reward.
+    assert [r["reward"] for r in records] == [0.5, 0, 0, None] and figures["reward"] == 0.5 / 3
     few, _ = evaluate.evaluate(None, None, rows[::-1], None, max_scored=2)
     assert few["logp"] == -2.0 and np.isnan(few["relevance"])
 

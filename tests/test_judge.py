@@ -137,6 +137,8 @@ MODES = [(RELIABLE, RELIABLE, "llm"), (RELIABLE, CHANCE, "rules"), (CHANCE, RELI
 def test_code_replaces_a_model_that_is_not_reliable(judger, filter_, mode):
     assert make_judge(None, judger, filter_, filter="llm").filter_mode == mode
     assert make_judge(None, judger, filter_, filter="llm", judge="trusted").trusts_model
+    # Then neither test counts.
+    assert make_judge(None, CHANCE, CHANCE, filter="llm", judge="trusted").filter_mode == "llm"
 
 
 def test_hybrid_asks_the_model_once_and_only_where_no_verifier_decides():

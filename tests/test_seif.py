@@ -5,6 +5,7 @@ import inspect
 import re
 import shutil
 import sys
+from collections import Counter
 from unittest.mock import Mock
 
 import pytest
@@ -357,3 +358,9 @@ def test_a_step_that_goes_wrong_prints_a_warning(rows, message):
     assert re.search(message, *log.warnings(rows).values())
     healthy = [step(), step(length=15, kl=0.1, frac_reward_zero_std=0.5), IDLE, IDLE]
     assert not any(log.warnings(healthy[:n]) for n in range(1, 5))
+
+
+def test_a_step_without_any_reward_has_a_row():
+    samples = [rl.Sample([1], [2], "a", True, answer="a") for _ in range(3)]
+    row = log.step_row(samples, {}, Counter())
+    assert row["reward"] != row["reward"] and row["length"] == 1
