@@ -40,7 +40,7 @@ from prompts import (
 
 # With the penalty "length" the reward of shorter answers is lower in proportion.
 MIN_ANSWER_WORDS = 20
-# Most questions of q_T with an upper bound of length. They teach to answer briefly.
+# Largest share of q_T's questions with an upper bound of length, which teach brief answers.
 MAX_BOUNDED = 1 / 8
 # A line of a seed question that looks like an option: a mark before it, or no full stop after it.
 OPTION = r"(?:[-*•]|\(?\w{1,2}[.):])\s.*|.*[^.?!:]"
@@ -90,11 +90,11 @@ def rule_filter(question: Question, max_new_tokens: int, checkable=False, min_wo
     return "no room for an answer" if most < min_words else ""
 
 
-def over_represented(question: Question, counts: Counter, size: int) -> str:
-    """The reason to leave a question out of a q_T of `size` questions, or "" and it is counted.
+def admit_question(question: Question, counts: Counter, size: int) -> str:
+    """Adds a question to the counts by category. Or returns the reason to leave it out of q_T.
 
-    counts: questions per category so far. A small model repeats a few categories, and a Follower
-    does not learn those that it never meets. So each may have twice its fair share.
+    A small model repeats a few categories, and the Follower does not learn those that it never
+    meets. So no category may exceed twice its fair share of `size` questions.
     """
     parsed = [p for p in parsed_constraints(question) if p]
     limits = {category(id): 2 * len(question.constraints) / len(VERIFIERS) for id, _ in parsed}

@@ -467,6 +467,7 @@ def score(policy: Policy, role: str | None, samples, name: str, temperature: flo
     pairs = [(s.prompt, s.tokens) for s in samples]
 
     def work() -> None:
+        """Again after an out-of-memory."""
         with policy.using(role), policy.inference():
             for members, values in policy.engine.logprobs(pairs, temperature):
                 for i, logp in zip(members, values):

@@ -36,13 +36,13 @@ from extras.data import InputError
 from extras.log import LOGGERS
 from extras.peft_adapters import save_adapter
 from extras.run import Run
-from judge import follower_rewards, instructor_rewards, over_represented, uses_model
+from judge import admit_question, follower_rewards, instructor_rewards, uses_model
 from prompts import (
     Question,
+    example_proposals,
     few_shot_examples,
     follower_messages,
     instructor_prompts,
-    proposal_text,
 )
 from rl import ADVANTAGES, DTYPES, Policy, Sample, load
 
@@ -159,7 +159,7 @@ def validate(cfg: Config) -> None:
     for name, value in asdict(cfg).items():
         low, high = MINIMUM.get(name, 0), MAXIMUM.get(name, math.inf)
         if value not in CHOICES.get(name, (value,)):
-            limit = f"one of {', '.join(map(str, CHOICES[name]))}"
+            limit = f"one of {', '.join(str(choice) or repr(choice) for choice in CHOICES[name])}"
         elif isinstance(value, (int, float)) and not low <= value <= high:
             limit = f"between {low} and {high}"
         elif name.endswith("_steps") and value and not re.fullmatch(r"\d+(,\d+)*", value):
@@ -197,19 +197,17 @@ def train(cfg: Config) -> None:
 
             for step in run.remaining("instructor", run.num_steps("instructor", turn)):
                 rng = run.seed_rngs()
-                seed_questions = run.batch("instructor", run.seed_questions, step)
-                instructor_step(run, seed_questions, rng)
+                instructor_step(run, run.batch("instructor", run.seed_questions, step), rng)
 
             if run.remaining("questions", 1):
-                questions, *counts = write_questions(run, run.seed_rngs())
+                questions, rejected, from_examples = write_questions(run, run.seed_rngs())
                 run.save_questions(questions)
-                run.finish_step("questions", run.log.questions(questions, *counts))
+                run.finish_step("questions", run.log.questions(questions, rejected, from_examples))
             questions = run.read_questions()
 
             for step in run.remaining("follower", run.num_steps("follower", turn, len(questions))):
                 run.seed_rngs()
-                batch = run.batch("follower", questions, step)
-                follower_step(run, batch)
+                follower_step(run, run.batch("follower", questions, step))
 
             if run.remaining("evaluation", 1):
                 run.seed_rngs()
@@ -286,34 +284,35 @@ def answer(run: Run, role: str | None, questions, n: int, greedy=False) -> list[
 def write_questions(run: Run, rng: random.Random) -> tuple[list[Question], Counter, int]:
     """q_T: the Instructor writes one question per seed question, with a few attempts each.
 
-    Seed questions without an accepted one take the constraints of few-shot examples, where the
-    Filter is rules. A small model's q_T would be small and of few categories. Returns their number.
+    Where the Filter is rules, each seed question left takes the constraints of a few-shot example,
+    if they are accepted. Returns (questions, the Instructor's rejections, how many from examples).
     """
     cfg, questions, rejected, categories = run.cfg, [], Counter(), Counter()
+    rules = run.judge.filter_mode == "rules"
     count = min(cfg.questions_per_turn or len(run.seed_questions), len(run.seed_questions))
     pending = rng.sample(run.seed_questions, count)
-    temperature = min(QUESTION_TEMPERATURE, cfg.instructor_temperature)
-    rules, written, pool = run.judge.filter_mode == "rules", 0, few_shot_examples("hard")
-    for attempt in range(MAX_ATTEMPTS + rules):
-        if attempt < MAX_ATTEMPTS:
-            proposals = propose(run, pending, 1, temperature, rng, QUESTIONS_PER_DRAW)
-        else:
-            written = len(questions)
-            texts = cycle(map(proposal_text, rng.sample(pool, len(pool))))
-            proposals = [
-                Sample([], [], next(texts), True, Question(q, "hard", ())) for q in pending
-            ]
+
+    def keep_accepted(proposals: list[Sample]) -> list[str]:
+        """Adds the accepted proposals to `questions`. Returns the seed questions of the others."""
         for s in run.judge.accept(proposals):
-            if rules:
-                size = max(len(questions) + 1, count // 2)
-                s.rejected = over_represented(s.question, categories, size)
+            size = max(len(questions) + 1, count // 2)
+            s.rejected = admit_question(s.question, categories, size) if rules else ""
             if not s.rejected:
                 questions.append(s.question)
+        return [s.question.seed_question for s in proposals if s.rejected]
+
+    temperature = min(QUESTION_TEMPERATURE, cfg.instructor_temperature)
+    for _ in range(MAX_ATTEMPTS):
+        proposals = propose(run, pending, 1, temperature, rng, QUESTIONS_PER_DRAW)
+        pending = keep_accepted(proposals)
         rejected.update(s.rejected for s in proposals if s.rejected)
-        pending = [s.question.seed_question for s in proposals if s.rejected]
+    written = len(questions)
+    if rules:
+        texts = cycle(example_proposals(rng))
+        keep_accepted([Sample([], [], next(texts), True, Question(q, "hard", ())) for q in pending])
     # Shuffled, so that the first rows are not those accepted at the first attempt.
     rng.shuffle(questions)
-    return questions, rejected, len(questions) - written if rules else 0
+    return questions, rejected, len(questions) - written
 
 
 # ------------------------------------------------------------ command line

@@ -33,6 +33,7 @@ class Calibration:
         return self.low > MIN_AUC
 
 
+# Before a calibration the settings alone decide: low = 1 counts as reliable.
 UNCALIBRATED = Calibration(auc=math.nan, low=1.0, high=1.0, threshold=0.5, cases=0)
 
 
@@ -50,6 +51,7 @@ def auc_calibration(ps: list[float], truth: list[bool]) -> Calibration:
     margin = 1.96 * math.sqrt(variance / (n * m))
 
     def balanced_accuracy(cut: float) -> float:
+        """Twice the balanced accuracy of P(yes) >= cut."""
         return sum(p >= cut for p in positive) / n + sum(p < cut for p in negative) / m
 
     best = max(sorted({p for p, _ in known}), key=balanced_accuracy)

@@ -60,6 +60,7 @@ class ChatTemplate:
         if not starts or prompt[starts[-1].end() :].strip():
             return ""
         closing = {"[THINK]": "[/THINK]", "<|channel>thought": "<channel|>"}
+        closing |= {"◁think▷": "◁/think▷", "<|START_THINKING|>": "<|END_THINKING|>"}
         default = starts[-1][0].replace("<", "</", 1)
         return closing.get(starts[-1][0], f"\n{default}\n\n")
 

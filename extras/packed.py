@@ -210,6 +210,7 @@ class Head:
         """
 
         def chunk_logprobs(h: Tensor, t: Tensor) -> Tensor:
+            """h (n, d), t (n,) -> (n,)"""
             return -F.cross_entropy(self.logits(h).div_(temperature), t, reduction="none")
 
         if len(hidden) <= self.chunk:

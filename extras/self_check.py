@@ -104,6 +104,7 @@ def twin_error(decoder, config, attention: str) -> str:
     texts = [ids[:150], ids[:132] + ids[150:]]
 
     def exact_logits(ids: list[int]) -> Tensor:
+        """(T, V) of the twin under its own attention."""
         batch = torch.tensor([ids], device=decoder.device)
         return head(twin(input_ids=batch, use_cache=False).last_hidden_state[0])
 

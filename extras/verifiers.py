@@ -83,7 +83,12 @@ def _allowed_counts(verifier: Verifier, kwargs: dict) -> tuple[float, float]:
 
 
 def check(id: str, kwargs: dict, text: str) -> bool | None:
-    """IFEval's strict verdict on a response, None if undecidable. The kwargs must be valid."""
+    """IFEval's strict verdict on a response. The kwargs must be valid.
+
+    None if it is undecidable, or if no verifier has this id.
+    """
+    if id not in VERIFIERS:
+        return None
     if not text.strip():
         return False
     verifier = VERIFIERS[id]
@@ -94,12 +99,11 @@ def check(id: str, kwargs: dict, text: str) -> bool | None:
     return all(low <= count <= high for count in _as_list(result))
 
 
-def check_loose(id: str, kwargs: dict, text: str, verify=None) -> bool | None:
+def check_loose(id: str, kwargs: dict, text: str, verify: Callable = check) -> bool | None:
     """IFEval's loose verdict: asterisks, the first line or the last line may be removed first."""
     lines = text.split("\n")
     variants = [text] + ["\n".join(cut).strip() for cut in (lines[1:], lines[:-1], lines[1:-1])]
     variants += [variant.replace("*", "") for variant in variants]
-    verify = verify or check
     verdicts = [verify(id, kwargs, variant) for variant in variants if variant.strip()]
     return True in verdicts or (None if verdicts[:1] == [None] else False)
 

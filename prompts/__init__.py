@@ -99,6 +99,12 @@ def proposal_text(question: Question) -> str:
     return json.dumps(proposal, ensure_ascii=False)
 
 
+def example_proposals(rng: random.Random) -> list[str]:
+    """The proposals of all hard few-shot examples, in random order."""
+    pool = few_shot_examples("hard")
+    return [proposal_text(example) for example in rng.sample(pool, len(pool))]
+
+
 def instructor_prompts(seed_questions, kinds, few_shot: int, per_draw: int, rng: random.Random):
     """Messages per seed question. So many in a row share their examples, and so their beginning.
 

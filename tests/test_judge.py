@@ -266,7 +266,7 @@ def test_the_repetition_penalty_takes_the_reward_of_a_loop(answer, repeats):
 
 def test_no_category_and_no_upper_bound_takes_more_than_its_share_of_q_t():
     """27 categories, three per question: in 54 questions each may occur 12 times."""
-    take = lambda counts, *constraints: judge.over_represented(hard(*constraints), counts, 54)
+    take = lambda counts, *constraints: judge.admit_question(hard(*constraints), counts, 54)
     counts = Counter()
     commas = [take(counts, "Use no commas.", f"Include the word 'w{i}'.", "x") for i in range(13)]
     assert commas == [""] * 12 + ["too many of one category"] and counts["no_comma"] == 12
@@ -277,7 +277,7 @@ def test_no_category_and_no_upper_bound_takes_more_than_its_share_of_q_t():
     mixed += [take(counts, bound.format(3 + i, "sentences"), "x", "y") for i in range(4)]
     assert mixed == [""] * 6 + ["too many of one category"]
     # A small q_T takes one of each.
-    assert not judge.over_represented(hard("Use no commas."), Counter(), 3)
+    assert not judge.admit_question(hard("Use no commas."), Counter(), 3)
 
 
 def test_instructor_reward_of_what_the_snapshot_fails():
