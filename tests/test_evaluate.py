@@ -152,6 +152,15 @@ def test_figures_that_show_empty_answers(monkeypatch):
     assert (figures["repeated"], figures["lower_bound"]) == (1 / 8, 1 / 3)
 
 
+def test_an_option_of_the_seed_question_has_a_reward():
+    seed_question = "Which is a fruit?\nA) apple\nB) car"
+    row = {"prompt": f"{seed_question}\nUse no commas.", "seed_question": seed_question}
+    row |= {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    for text, reward in (("A) apple", 1), ("Which is a fruit?\nUse no commas.", 0)):
+        record = evaluate.make_record(row, rl.Sample([1], [2], text, True, answer=text))
+        assert record["reward"] == reward
+
+
 def test_mean_logprobs_are_those_of_the_model(folders):
     policy = load_cpu(folders("llama"))
     value, none = evaluate.mean_logprobs(policy, [("Say hi.", "Hello"), ("Sing.", " ")])
@@ -236,6 +245,8 @@ class Checker:
     def check_following(self, text: str) -> bool:
         if self.id == "needs:data":
             raise LookupError("no corpus")
+        if self.id == "no:words":
+            return bool(text.split()[99])
         return self.prompt == text if "copy" in self.id else len(text.split()) == self.words
 
 
@@ -246,20 +257,24 @@ def test_ifbench_through_its_published_checkers(finished, tmp_path, monkeypatch,
     package = types.ModuleType("ifbench")
     package.__file__ = str(tmp_path / "__init__.py")
     package.instructions_registry = types.ModuleType("ifbench.instructions_registry")
-    ids = ("count:words", "copy:prompt", "needs:data")
+    ids = ("count:words", "copy:prompt", "needs:data", "no:words")
     package.instructions_registry.INSTRUCTION_DICT = dict.fromkeys(ids, Checker)
     (tmp_path / "data").mkdir()
     row = {
         "prompt": "Say hi.",
         "instruction_id_list": ids,
-        "kwargs": [{"words": 2}, {"words": 1}, {}],
+        "kwargs": [{"words": 2}, {"words": 1}, {}, {}],
     }
     (tmp_path / "data/IFBench_test.jsonl").write_text(json.dumps(row))
     monkeypatch.setitem(sys.modules, "ifbench", package)
     name = "ifbench.instructions_registry"
     monkeypatch.setitem(sys.modules, name, package.instructions_registry)
     [row], verify = evaluate.ifbench()
-    for text, verdicts in (("oh hi", [1, 0, None]), ("Say hi.", [1, 1, None]), (" ", [0, 0, 0])):
+    for text, verdicts in (
+        ("oh hi", [1, 0, None, 0]),
+        ("Say hi.", [1, 1, None, 0]),
+        (" ", [0] * 4),
+    ):
         answer = rl.Sample([1], [2], text, True, answer=text)
         record = evaluate.make_record(row, answer, verify)
         assert record["strict"] == record["loose"] == verdicts
@@ -270,6 +285,7 @@ def test_ifbench_through_its_published_checkers(finished, tmp_path, monkeypatch,
 def test_a_command_that_cannot_work_ends_in_one_line(finished, capsys):
     for command, text in (
         ("eval {} --rows -1", "at least 0"),
+        ("eval {} --ifbench --data x", "leave out --data"),
         ("eval {} --base --paired", "--paired contains --base"),
         ("eval {} --out no/such/file", "--out no/such/file: no such folder"),
         ("eval {} --max-new-tokens 4090", "the context has 4096"),
