@@ -98,7 +98,7 @@ class Config:
     max_proposal_tokens: int = 160  # token limit of a proposal
     max_prompt_tokens: int = 1024  # of an instruction; seed questions over 3/4 of it are skipped
     eval_rows: int = 0  # held-out rows and questions evaluated per turn; 0: all
-    logger: str = "none"  # none, wandb, tensorboard, trackio; beside log.jsonl
+    logger: str = "none"  # none, wandb, trackio; beside log.jsonl
 
 
 # Presets are command lines. Of a repeated flag the last one counts: CPU, --paper, --quick, yours.

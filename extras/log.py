@@ -17,7 +17,7 @@ from extras import data, evaluate, smollm2
 from extras.verifiers import category, repeats_itself
 from judge import Verdict, is_echo, parsed_constraints, satisfaction, uses_model
 
-LOGGERS = ("none", "wandb", "tensorboard", "trackio")
+LOGGERS = ("none", "wandb", "trackio")
 # samples.md keeps the last ones of each turn and stage.
 MAX_SAMPLES = 6
 # So many steps in a row without an update print the reason.
@@ -185,17 +185,6 @@ def external_logger(cfg) -> tuple:
     if cfg.logger == "none":
         return lambda row, step: None, lambda: None
     try:
-        if cfg.logger == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(cfg.out)
-
-            def add_scalars(row: dict, step: int) -> None:
-                """A scalar per number of a row."""
-                for name, value in row.items():
-                    writer.add_scalar(name, value, step)
-
-            return add_scalars, writer.close
         module = importlib.import_module(cfg.logger)
     except ImportError as error:
         fix = f"pip install {cfg.logger}"
