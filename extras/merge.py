@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from extras import data, smollm2
-from extras.data import InputError
 from extras.load_model import DTYPES, load_model
 
 
@@ -25,7 +24,7 @@ def main(argv: list[str], open_run) -> None:
     cfg, policy, turn = open_run(args.run, args.turn)
     out = Path(args.out or f"{args.run}/turn{turn}/merged")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out}: exists; give a new folder")
+        raise data.InputError(f"--out {out}: exists; give a new folder")
     path = str(smollm2.folder()) if cfg.model == smollm2.NAME else cfg.model
     base, tokenizer = load_model(path, 16, torch.device("cpu"), DTYPES[cfg.dtype])
     with torch.no_grad():
