@@ -257,9 +257,8 @@ def _adapt(id: str, kwargs: dict, match: re.Match) -> dict | None:
 def parse_constraint(sentence: str) -> tuple[str, dict] | None:
     """The verifier's id and kwargs for a constraint, None unless the sentence is fully understood.
 
-    Results are cached: do not change the kwargs.
-
     "Use 9 words." -> ("length_constraints:number_words", {"num_words": 9, "relation": "exactly"})
+    Results are cached: do not change the kwargs.
     """
     if len(sentence) > MAX_CONSTRAINT_CHARS:
         return None

@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 # Models in which peft refuses out_proj, since their kernels bypass it.
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-# A damaged checkpoint, and one that transformers or a package of it is too old for.
+# Errors of damaged checkpoints, and of those that the installed packages are too old for.
 FILE_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 CODE_ERRORS = (ImportError, AttributeError, TypeError)
 

@@ -50,8 +50,7 @@ def model_card(cfg, run: str, turn: int) -> str:
             command += f" --{name}" if value is True else f" --{name}={shlex.quote(str(value))}"
     lines = [f"# {cfg.model} after {turn} turns of SEIF (arXiv 2605.07465)", ""]
     lines += [f"LoRA merged into {cfg.model}. The base model's licence applies. Trained by:", ""]
-    lines += [f"    {command}"]
-    lines += ["", "| held-out rows | base model | this model |", "|---|---|---|"]
+    lines += [f"    {command}", "", "| held-out rows | base model | this model |", "|---|---|---|"]
     for key, value in end["heldout_follower"].items():
         cells = (v if v is None else round(v, 3) for v in (end["heldout_base"][key], value))
         lines.append("| {} | {} | {} |".format(key, *cells))
