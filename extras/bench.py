@@ -26,22 +26,18 @@ from extras.load_model import DTYPES
 
 # role -> (tokens per prompt, tokens of it that all prompts share)
 PROMPTS = {"follower": (118, 8), "instructor": (740, 630)}
+TOKEN_IDS = range(1000, 40000)
 CFG = types.SimpleNamespace(num_minibatches=1, kl_coef=0.01, advantage="grpo")
-
-
-def random_ids(n: int, seed: int) -> list[int]:
-    """n token ids."""
-    return random.Random(seed).choices(range(1000, 40000), k=n)
 
 
 def step(policy, role: str, optimizer, args) -> dict[str, float]:
     """One GRPO step: seconds of its phases."""
     length, shared = PROMPTS[role]
-    prompts = [
-        random_ids(shared, 0) + random_ids(length - shared, i + 1) for i in range(args.prompts)
-    ]
+    rng = random.Random(0)
+    start = rng.choices(TOKEN_IDS, k=shared)
+    prompts = [start + rng.choices(TOKEN_IDS, k=length - shared) for _ in range(args.prompts)]
     uniform = 1 - torch.rand(args.prompts, args.group, args.new)
-    start = time.perf_counter()
+    begin = time.perf_counter()
     with policy.using(role), policy.inference():
         completions = policy.engine.sample(prompts, uniform, 1.0)
     sampled = time.perf_counter()
@@ -51,14 +47,7 @@ def step(policy, role: str, optimizer, args) -> dict[str, float]:
     ]
     rl.grpo_step(policy, role, f"ref_{role}", groups, optimizer, CFG, 1.0)
     end = time.perf_counter()
-    return {"seconds": end - start, "sampling": sampled - start, "update": end - sampled}
-
-
-def peak_mib() -> int:
-    """Peak memory so far in MiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return {"seconds": end - begin, "sampling": sampled - begin, "update": end - sampled}
 
 
 def main() -> None:
@@ -89,7 +78,10 @@ def main() -> None:
         row = {"step": role, "engine": args.engine, "dtype": str(policy.model.dtype)[6:], **medians}
         row["all"] = [round(s["seconds"], 2) for s in steps]
         row["tokens_per_second"] = round(tokens / medians["seconds"], 1)
-        print(json.dumps(row | {"peak_mib": peak_mib()}), flush=True)
+        row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        if torch.cuda.is_available():
+            row["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,18 +33,15 @@ def main(argv: list[str], open_run) -> None:
             line = ""
         if not line:
             return
-        messages = follower_messages(line, cfg.think)
-        prefill = [m for m in messages if m["role"] == "assistant"]
-        new = [m for m in messages if m["role"] != "assistant"]
+        new = follower_messages(line, cfg.think)
+        prefill = [new.pop()] if new[-1]["role"] == "assistant" else []
         # The system message comes once, before the first question.
         history += new[-1:] if history else new
-        tokens = len(policy.chat.encode(history + prefill)) + args.max_new_tokens
-        if tokens > policy.context_length:
+        prompt = history + prefill
+        if len(policy.chat.encode(prompt)) + args.max_new_tokens > policy.context_length:
             print("the conversation fills the model's context; start a new one")
             return
         with policy.using(None if args.base else "follower"):
-            [[sample]] = policy.sample(
-                [history + prefill], 1, args.max_new_tokens, args.temperature
-            )
+            [[sample]] = policy.sample([prompt], 1, args.max_new_tokens, args.temperature)
         history.append(assistant(sample.text.strip()))
         print(extract_answer(sample.text, cfg.think) or sample.text.strip())

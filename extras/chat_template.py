@@ -56,13 +56,13 @@ class ChatTemplate:
         channel = before_answer.removeprefix(prompt)
         if before_answer.startswith(prompt) and THOUGHT_END.search(channel):
             return channel
-        starts = list(THOUGHT_START.finditer(prompt))
-        if not starts or prompt[starts[-1].end() :].strip():
+        start = re.search(rf"({THOUGHT_START.pattern})\s*\Z", prompt)
+        if not start:
             return ""
-        closing = {"[THINK]": "[/THINK]", "<|channel>thought": "<channel|>"}
-        closing |= {"◁think▷": "◁/think▷", "<|START_THINKING|>": "<|END_THINKING|>"}
-        default = starts[-1][0].replace("<", "</", 1)
-        return closing.get(starts[-1][0], f"\n{default}\n\n")
+        closing = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷"}
+        closing |= {"<|channel>thought": "<channel|>", "<|START_THINKING|>": "<|END_THINKING|>"}
+        default = start[1].replace("<", "</", 1)
+        return closing.get(start[1], f"\n{default}\n\n")
 
     def _first_tokens(self, words: tuple[str, ...]) -> list[int]:
         """Ids of the words that are a single token at the start of a reply."""

@@ -11,80 +11,72 @@ from extras.verifiers import RELATIONS, VERIFIERS, WORD, category, validate_kwar
 
 MAX_CONSTRAINT_CHARS = 300  # longer "constraints" are answers or repeat the seed question
 # fmt: off
-# id -> regular expressions. Words in capitals are FRAGMENTS, Q is quoted text, groups are kwargs.
-PATTERNS = {
-    "length_constraints:number_words": [
-        "WORDCOUNT words?( long)?(, no more,? (and )?no less)?",
-        "(a )?(total )?(word count|length|number of words)( of)? WORDCOUNT( words)?"],
-    "length_constraints:number_sentences": ["COUNT (complete )?sentences?( long)?"],
-    "length_constraints:number_paragraphs": ["COUNT paragraphs?DIVIDED?"],
-    "length_constraints:nth_paragraph_first_word": [
-        r"((exactly )?(?P<num_paragraphs>\d+) paragraphs?DIVIDED?[.,]? ((and|with) )?)?"
-        "(the )?paragraph NUMBER (MUST )?(start|begin)(n?ing)? with (the )?(word )?Q"],
-    "detectable_format:number_bullet_lists": [
-        "(bullet points( MARKDOWN)? and there MUST be )?COUNT (markdown )?bullet( point)?s?"
-        r"( MARKDOWN)?(,? (each )?(start|beginn)ing with (\*|-)|,? (such as|like):? \* [^*.,;:]*)?"
-        r"(. use the markdown bullet points such as:( \* this is point \d.?)+)?"],
-    "detectable_content:number_placeholders": [
-        "COUNT ((distinct|different) )?placeholders?,? ((represented|enclosed) )?(by|in|with) "
-        "(square )?bracketsEXAMPLE?"],
-    "detectable_format:number_highlighted_sections": [
-        "highlight COUNT SECTIONS( MARKDOWN)?EXAMPLE?",
-        "COUNT (highlighted SECTIONS|SECTIONS (MUST be )?highlighted)( MARKDOWN)?EXAMPLE?"],
-    "detectable_format:highlighted_words": [
-        "highlight KEYWORD Q EMPHASIS", "KEYWORD Q MUST be (highlighted )?EMPHASIS"],
-    "detectable_format:multiple_sections": [
-        "COUNT sections?[.,;]? (each )?mark(ed)?( the beginning of each section)? with Q x"
-        r"(,? such as:?( \w+ \d+( \[[^\]]*\])?)+)?"],
-    "detectable_format:title": [
-        "(a )?title,? ((wrapped|enclosed) )?(in|with(in)?) double ang(le|ular) bracketsEXAMPLE?"],
-    "detectable_content:postscript": [
-        "(at the end, )?((please|explicitly|add|include|end with|conclude with) )*a postscript"
-        "( (at|to) the end)? (starting|beginning|marked|indicated|that (starts|begins)) (with|by)"
-        "( a marker like)? Q( at the end)?"],
-    "detectable_format:json_format": [
-        "(put TEXT )?((wrapped|formatted|presented) )?((in|as) )?(a )?(valid )?json( format|"
-        " object)?(. you can use markdown ticks such as ```|,? wrapped in markdown code fences)?"],
-    "detectable_format:constrained_response": [r"1 of the following options: \(?Q\)?"],
-    "combination:two_responses": [
-        "(exactly )?2 (different|distinct) responses[.,]? (responses and only responses MUST be )?"
-        r"separated by (6 asterisk( symbol)?s:? )?\*{6}"],
-    "combination:repeat_prompt": [
-        "(first,? )?(start by repeating|repeat) the request( above)? word[ -]for[ -]word( without"
-        r" changes?)?,? (then|before|and then) \w+( it| (the|your) \w+)?"
-        r"( \(1\. do not say any words .*\))?"],
-    "change_case:capital_word_frequency": [
-        "COUNT ((instances|occurrences) of )?(all-caps words?|words? (in|with) CAPITALS)( APPEAR)?"
-        "EXAMPLE?", "words with CAPITALS APPEAR COUNT times?"],
-    "change_case:english_capital": ["ENGLISH(in )?CAPITALS"],
-    "change_case:english_lowercase": [
-        "ENGLISH(in )?((all|only) )?(lower[- ]?case( letters)?|small letters)( language( style)?)?"
-        "([.;,]? (with )?no ((capital|uppercase) letters|capitalization)( are)?( allowed)?)?"],
-    "language:response_language": [
-        "((entirely|completely|only) )?in (?P<language>LANGUAGE)( language)?"
-        "(, no other language is allowed)?"],
-    "punctuation:no_comma": [
-        "not ((the use of )?any )?commas?( at all| whatsoever| throughout| anywhere| APPEAR"
-        r"| to (ensure|improve|maintain) \w+( and \w+)?)?"],
-    "keywords:frequency": [
-        "KEYWORD Q( APPEAR)? COUNT times?(?P<each> each( in any order)?)?",
-        "COUNT (occurrence|instance|mention)s? of KEYWORD Q(?P<each>)( exactly as provided)?"],
-    "keywords:existence": [
-        "KEYWORD:? ?Q( at least 1 times?)?", "KEYWORD: (?P<keywords>LIST)",
-        "(an? )?title in the format Q"],
-    "keywords:forbidden_words": [
-        "not (any of )?KEYWORD:? ?Q( or Q)*( anywhere)?",
-        "not (any (of )?)?KEYWORD: (?P<forbidden_words>LIST(,? or [a-z-]+)?)"],
-    "keywords:letter_frequency": ["(the )?letter Q( APPEAR)? COUNT times?"],
-    "startend:end_checker": [
-        "(finish|end|conclude)( TEXT)? with ((the|this) )?(exact )?(phrase|sentence)?:? ?Q"
-        "([.,]? (no (other )?(words|text)|nothing) MUST follow( this phrase| it)?)?"],
-    "startend:start_checker": [
-        "(start|begin|open)( TEXT)? with ((the|this) )?(exact )?(phrase|sentence|words?)?:? ?Q"
-        "(,? followed by the rest( of the text)?| in the paragraph 1)?"],
-    "startend:quotation": [
-        "(wrap|enclose)(ped|d)?( TEXT)? (in|with(in)?) double (quotation marks|quotes)"],
-}
+# (category, regular expression). Words in capitals are FRAGMENTS, Q is quoted text, groups kwargs.
+PATTERNS = [
+    ("number_words", "WORDCOUNT words?( long)?(, no more,? (and )?no less)?"),
+    ("number_words", "(a )?(total )?(word count|length|number of words)( of)? WORDCOUNT( words)?"),
+    ("number_sentences", "COUNT (complete )?sentences?( long)?"),
+    ("number_paragraphs", "COUNT paragraphs?DIVIDED?"),
+    ("nth_paragraph_first_word",
+     r"((exactly )?(?P<num_paragraphs>\d+) paragraphs?DIVIDED?[.,]? ((and|with) )?)?"
+     "(the )?paragraph NUMBER (MUST )?(start|begin)(n?ing)? with (the )?(word )?Q"),
+    ("number_bullet_lists",
+     "(bullet points( MARKDOWN)? and there MUST be )?COUNT (markdown )?bullet( point)?s?"
+     r"( MARKDOWN)?(,? (each )?(start|beginn)ing with (\*|-)|,? (such as|like):? \* [^*.,;:]*)?"
+     r"(. use the markdown bullet points such as:( \* this is point \d.?)+)?"),
+    ("number_placeholders", "COUNT ((distinct|different) )?placeholders?,? "
+     "((represented|enclosed) )?(by|in|with) (square )?bracketsEXAMPLE?"),
+    ("number_highlighted_sections", "highlight COUNT SECTIONS( MARKDOWN)?EXAMPLE?"),
+    ("number_highlighted_sections",
+     "COUNT (highlighted SECTIONS|SECTIONS (MUST be )?highlighted)( MARKDOWN)?EXAMPLE?"),
+    ("highlighted_words", "highlight KEYWORD Q EMPHASIS"),
+    ("highlighted_words", "KEYWORD Q MUST be (highlighted )?EMPHASIS"),
+    ("multiple_sections",
+     "COUNT sections?[.,;]? (each )?mark(ed)?( the beginning of each section)? with Q x"
+     r"(,? such as:?( \w+ \d+( \[[^\]]*\])?)+)?"),
+    ("title", "(a )?title,? ((wrapped|enclosed) )?(in|with(in)?) double ang(le|ular) brackets"
+     "EXAMPLE?"),
+    ("postscript",
+     "(at the end, )?((please|explicitly|add|include|end with|conclude with) )*a postscript"
+     "( (at|to) the end)? (starting|beginning|marked|indicated|that (starts|begins)) (with|by)"
+     "( a marker like)? Q( at the end)?"),
+    ("json_format",
+     "(put TEXT )?((wrapped|formatted|presented) )?((in|as) )?(a )?(valid )?json( format| object)?"
+     "(. you can use markdown ticks such as ```|,? wrapped in markdown code fences)?"),
+    ("constrained_response", r"1 of the following options: \(?Q\)?"),
+    ("two_responses", "(exactly )?2 (different|distinct) responses[.,]? (responses and only "
+     r"responses MUST be )?separated by (6 asterisk( symbol)?s:? )?\*{6}"),
+    ("repeat_prompt", "(first,? )?(start by repeating|repeat) the request( above)? "
+     r"word[ -]for[ -]word( without changes?)?,? (then|before|and then) \w+( it| (the|your) \w+)?"
+     r"( \(1\. do not say any words .*\))?"),
+    ("capital_word_frequency", "COUNT ((instances|occurrences) of )?"
+     "(all-caps words?|words? (in|with) CAPITALS)( APPEAR)?EXAMPLE?"),
+    ("capital_word_frequency", "words with CAPITALS APPEAR COUNT times?"),
+    ("english_capital", "ENGLISH(in )?CAPITALS"),
+    ("english_lowercase",
+     "ENGLISH(in )?((all|only) )?(lower[- ]?case( letters)?|small letters)( language( style)?)?"
+     "([.;,]? (with )?no ((capital|uppercase) letters|capitalization)( are)?( allowed)?)?"),
+    ("response_language", "((entirely|completely|only) )?in (?P<language>LANGUAGE)( language)?"
+     "(, no other language is allowed)?"),
+    ("no_comma", "not ((the use of )?any )?commas?( at all| whatsoever| throughout| anywhere"
+     r"| APPEAR| to (ensure|improve|maintain) \w+( and \w+)?)?"),
+    ("frequency", "KEYWORD Q( APPEAR)? COUNT times?(?P<each> each( in any order)?)?"),
+    ("frequency", "COUNT (occurrence|instance|mention)s? of KEYWORD Q(?P<each>)"
+     "( exactly as provided)?"),
+    ("existence", "KEYWORD:? ?Q( at least 1 times?)?"),
+    ("existence", "KEYWORD: (?P<keywords>LIST)"),
+    ("existence", "(an? )?title in the format Q"),
+    ("forbidden_words", "not (any of )?KEYWORD:? ?Q( or Q)*( anywhere)?"),
+    ("forbidden_words", "not (any (of )?)?KEYWORD: (?P<forbidden_words>LIST(,? or [a-z-]+)?)"),
+    ("letter_frequency", "(the )?letter Q( APPEAR)? COUNT times?"),
+    ("end_checker",
+     "(finish|end|conclude)( TEXT)? with ((the|this) )?(exact )?(phrase|sentence)?:? ?Q"
+     "([.,]? (no (other )?(words|text)|nothing) MUST follow( this phrase| it)?)?"),
+    ("start_checker",
+     "(start|begin|open)( TEXT)? with ((the|this) )?(exact )?(phrase|sentence|words?)?:? ?Q"
+     "(,? followed by the rest( of the text)?| in the paragraph 1)?"),
+    ("quotation", "(wrap|enclose)(ped|d)?( TEXT)? (in|with(in)?) double (quotation marks|quotes)"),
+]
 LANGUAGES = dict(pair.split(":") for pair in """
 arabic:ar bengali:bn bulgarian:bg chinese:zh czech:cs danish:da dutch:nl english:en finnish:fi
 french:fr german:de greek:el gujarati:gu hebrew:he hindi:hi hungarian:hu indonesian:id italian:it
@@ -184,7 +176,8 @@ def _compile(pattern: str) -> re.Pattern:
 
 
 _REWRITES = [(_compile(pattern), new) for pattern, new in REWRITES]
-_PATTERNS = [(id, _compile(pattern)) for id, patterns in PATTERNS.items() for pattern in patterns]
+_IDS = {category(id): id for id in VERIFIERS}
+_PATTERNS = [(_IDS[name], _compile(pattern)) for name, pattern in PATTERNS]
 _SEPARATOR = re.compile(r"[,;](?!\d) ?(?:(?:and|or) )?| (?:and|or) ")
 _QUOTED = re.compile(
     r"""(?<!\w)(?:"([^"]{1,200})"|'((?:[^']|(?<=\w)'(?=\w)){1,200})'|`([^`]{1,200})`)(?!\w)"""
@@ -241,8 +234,11 @@ def _extract_kwargs(id: str, match: re.Match, quotes: list[str]) -> dict:
 
 
 def _adapt(id: str, kwargs: dict, match: re.Match) -> dict | None:
-    """Valid kwargs as their verifier needs them, or None if it cannot check the sentence."""
+    """The kwargs as their verifier needs them, or None if it cannot check the sentence."""
+    if validate_kwargs(id, kwargs):
+        return None
     name = category(id)
+    kwargs = {n: v for n, v in kwargs.items() if v != VERIFIERS[id].kwargs[n]}
     if name == "number_paragraphs" and not match["divider"]:
         return {"relation": "exactly"} | kwargs | {"divider": "\n\n"}
     if name == "nth_paragraph_first_word":
@@ -261,19 +257,15 @@ def _adapt(id: str, kwargs: dict, match: re.Match) -> dict | None:
 def parse_constraint(sentence: str) -> tuple[str, dict] | None:
     """The verifier's id and kwargs for a constraint, None unless the sentence is fully understood.
 
-    Results are cached: do not change the kwargs.
-
     "Use 9 words." -> ("length_constraints:number_words", {"num_words": 9, "relation": "exactly"})
+    Results are cached: do not change the kwargs.
     """
     if len(sentence) > MAX_CONSTRAINT_CHARS:
         return None
     text, quotes = _normalize(sentence)
     for id, pattern in _PATTERNS:
-        match = pattern.fullmatch(text)
-        kwargs = _extract_kwargs(id, match, quotes) if match else {}
-        if match and not validate_kwargs(id, kwargs):
-            kwargs = {n: v for n, v in kwargs.items() if v != VERIFIERS[id].kwargs[n]}
-            kwargs = _adapt(id, kwargs, match)
+        if match := pattern.fullmatch(text):
+            kwargs = _adapt(id, _extract_kwargs(id, match, quotes), match)
             if kwargs is not None:
                 return id, kwargs
     return None

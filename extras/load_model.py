@@ -17,8 +17,11 @@ from extras.data import InputError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # peft maps these names in a mixture of experts to the experts' stacked weights.
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
-# Models in which peft refuses out_proj.
+# Models in which peft refuses out_proj, since their kernels bypass it.
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+# Errors of damaged checkpoints, and of those that the installed packages are too old for.
+FILE_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+CODE_ERRORS = (ImportError, AttributeError, TypeError)
 
 
 def fast_dtype(cuda: bool) -> str:
@@ -59,14 +62,10 @@ def load_model(model: str, bits: int, device: torch.device, dtype: torch.dtype) 
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (
-        *(OSError, ValueError, KeyError, RuntimeError, SafetensorError),
-        *(ImportError, AttributeError, TypeError),
-    ) as error:
+    except (*FILE_ERRORS, *CODE_ERRORS) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
-            f"--model {model}: cannot be loaded as a causal language model ({reason})"
-        ) from error
+        reason = f"cannot be loaded as a causal language model ({reason})"
+        raise InputError(f"--model {model}: {reason}") from error
     if not tokenizer.chat_template:
         raise InputError(f"--model {model}: no chat template; use an instruction-tuned model")
     check_weights(base, report, model)
@@ -104,50 +103,41 @@ def lora_targets(model, rank: int) -> list[str]:
     InputError if there is none.
     """
     layers = decoder_layers(model)
-    start = next(n for n, m in model.named_modules() if m is layers)
-    modules = {f"{start}.{name}": module for name, module in layers.named_modules() if name}
+    start = next(name for name, module in model.named_modules() if module is layers)
+    modules = dict(layers.named_modules(prefix=start))
     mixtures, sizes, reasons = set(), {}, {}
     for name, module in modules.items():
         stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-        if stacked and "expert" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower():
+        block, _, leaf = name.rpartition(".")
+        if stacked and "expert" in f"{leaf} {type(module).__name__}".lower():
             # The block around them, with its router, unless that is the decoder layer itself.
-            block = name.rpartition(".")[0]
-            mixtures.add((name if modules.get(block) in list(layers) else block) + ".")
+            mixtures.add((name if modules[block] in list(layers) else block) + ".")
             sizes[name], reasons[name] = sum(p.numel() for p in stacked), "experts"
     mamba = getattr(model.config, "model_type", None) in MAMBA_TYPES
     for name, module in modules.items():
-        if isinstance(module, nn.Linear):
-            sizes[name] = module.in_features * module.out_features
-            if reason := left_out_reason(name, module, rank, mixtures, mamba):
-                reasons[name] = reason
+        if not isinstance(module, nn.Linear):
+            continue
+        sizes[name] = module.in_features * module.out_features
+        leaf = name.rpartition(".")[2]
+        own_forward = type(module).forward is not nn.Linear.forward
+        if min(module.in_features, module.out_features) < rank:
+            reasons[name] = f"smaller than --lora-rank {rank}"
+        # subtle: with experts peft maps any up_proj's adapter to their stacked weights.
+        elif mixtures and (leaf in EXPERT_NAMES or name.startswith(tuple(mixtures))):
+            reasons[name] = "experts"
+        elif mamba and leaf == "out_proj":
+            reasons[name] = "out_proj of a Mamba model"
+        elif own_forward and not hasattr(module.weight, "quant_state"):
+            reasons[name] = f"{type(module).__name__} with a forward of its own"
     found = ", ".join(f"{n} {reason}" for reason, n in Counter(reasons.values()).items())
     if len(reasons) == len(sizes):
         found = found or "GPT-2's are Conv1D"
         raise InputError(f"no Linear layer in the decoder's layers that LoRA can adapt ({found})")
     if reasons:
         share = sum(sizes[name] for name in reasons) / sum(sizes.values())
-        print(
-            f"  no LoRA on {share:.0%} of the layers' weights: {found}; {next(iter(reasons))} ..."
-        )
+        example = next(iter(reasons))
+        print(f"  no LoRA on {share:.0%} of the layers' weights: {found}; {example} ...")
     return [name for name in sizes if name not in reasons]
-
-
-def left_out_reason(name: str, module: nn.Linear, rank: int, mixtures: set, mamba: bool) -> str:
-    """Why a linear layer gets no LoRA, or "".
-
-    subtle: in a model with experts peft maps an adapter of any up_proj to the experts' stacked
-    weights of that name, and it refuses out_proj in Mamba models, whose kernels bypass it.
-    """
-    leaf = name.rpartition(".")[2]
-    if min(module.in_features, module.out_features) < rank:
-        return f"smaller than --lora-rank {rank}"
-    if mixtures and (leaf in EXPERT_NAMES or name.startswith(tuple(mixtures))):
-        return "experts"
-    if mamba and leaf == "out_proj":
-        return "out_proj of a Mamba model"
-    quantised = hasattr(module.weight, "quant_state")
-    plain = quantised or type(module).forward is nn.Linear.forward
-    return "" if plain else f"{type(module).__name__} with a forward of its own"
 
 
 def context_length(config) -> float:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from extras import data, smollm2
-from extras.data import InputError
 from extras.load_model import DTYPES, load_model
 
 
@@ -25,7 +24,7 @@ def main(argv: list[str], open_run) -> None:
     cfg, policy, turn = open_run(args.run, args.turn)
     out = Path(args.out or f"{args.run}/turn{turn}/merged")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out}: exists; give a new folder")
+        raise data.InputError(f"--out {out}: exists; give a new folder")
     path = str(smollm2.folder()) if cfg.model == smollm2.NAME else cfg.model
     base, tokenizer = load_model(path, 16, torch.device("cpu"), DTYPES[cfg.dtype])
     with torch.no_grad():
@@ -51,8 +50,7 @@ def model_card(cfg, run: str, turn: int) -> str:
             command += f" --{name}" if value is True else f" --{name}={shlex.quote(str(value))}"
     lines = [f"# {cfg.model} after {turn} turns of SEIF (arXiv 2605.07465)", ""]
     lines += [f"LoRA merged into {cfg.model}. The base model's licence applies. Trained by:", ""]
-    lines += [f"    {command}"]
-    lines += ["", "| held-out rows | base model | this model |", "|---|---|---|"]
+    lines += [f"    {command}", "", "| held-out rows | base model | this model |", "|---|---|---|"]
     for key, value in end["heldout_follower"].items():
         cells = (v if v is None else round(v, 3) for v in (end["heldout_base"][key], value))
         lines.append("| {} | {} | {} |".format(key, *cells))

@@ -16,10 +16,8 @@ from extras.data import InputError, write_atomic
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of peft that make an adapter more than LoRA.
-UNSUPPORTED = (
-    *("use_dora", "rank_pattern", "alora_invocation_tokens", "target_parameters"),
-    *("modules_to_save", "trainable_token_indices"),
-)
+UNSUPPORTED = ("use_dora", "rank_pattern", "alora_invocation_tokens", "target_parameters")
+UNSUPPORTED += ("modules_to_save", "trainable_token_indices")
 PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
 
 

@@ -43,6 +43,16 @@ class Verifier:
         """The kwargs with defaults for those that are missing or None."""
         return self.kwargs | {name: v for name, v in kwargs.items() if v is not None}
 
+    def allowed_counts(self, kwargs: dict) -> tuple[float, float]:
+        """(lowest, highest) count that the relation among the kwargs allows."""
+        kwargs = self.complete(kwargs)
+        number = kwargs[self.first_kwarg("a number")]
+        relation = kwargs[self.first_kwarg("a relation")]
+        low = {"at least": number, "more than": number + 1, "exactly": number, "between": number}
+        high = {"at most": number, "less than": number - 1, "exactly": number}
+        high["between"] = kwargs.get("max_words", math.inf)
+        return low.get(relation, 0), high.get(relation, math.inf)
+
 
 def validate_kwargs(id: str, kwargs: dict) -> str:
     """The first error in a constraint's kwargs ("num_words: missing"), "" if they are valid."""
@@ -71,22 +81,8 @@ def _as_list(value) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _allowed_counts(verifier: Verifier, kwargs: dict) -> tuple[float, float]:
-    """(lowest, highest) count that a verifier with a relation allows."""
-    kwargs = verifier.complete(kwargs)
-    number = kwargs[verifier.first_kwarg("a number")]
-    relation = kwargs[verifier.first_kwarg("a relation")]
-    low = {"at least": number, "more than": number + 1, "exactly": number, "between": number}
-    high = {"at most": number, "less than": number - 1, "exactly": number}
-    high["between"] = kwargs.get("max_words", math.inf)
-    return low.get(relation, 0), high.get(relation, math.inf)
-
-
 def check(id: str, kwargs: dict, text: str) -> bool | None:
-    """IFEval's strict verdict on a response. The kwargs must be valid.
-
-    None if it is undecidable, or if no verifier has this id.
-    """
+    """IFEval's strict verdict for valid kwargs. None if it is undecidable or the id is unknown."""
     if id not in VERIFIERS:
         return None
     if not text.strip():
@@ -95,7 +91,7 @@ def check(id: str, kwargs: dict, text: str) -> bool | None:
     result = verifier.check(text, verifier.complete(kwargs))
     if not verifier.first_kwarg("a relation"):
         return result
-    low, high = _allowed_counts(verifier, kwargs)
+    low, high = verifier.allowed_counts(kwargs)
     return all(low <= count <= high for count in _as_list(result))
 
 
@@ -148,18 +144,13 @@ def _contains_word(words: list[str], text: str, flags: int = re.I) -> bool:
     return bool(re.search(f"{_EDGE}(?:{'|'.join(map(re.escape, words))}){_EDGE}", text, flags))
 
 
-# IFEval counts capital words among the tokens of nltk's word_tokenize, which splits here.
+# IFEval counts capital words among the tokens of nltk's word_tokenize, which splits here:
+# "I'm at IBM-UK" has two, I and IBM-UK.
 _TOKEN_BOUNDARY = re.compile(
     r"""(?i)[\s;@#$%&?!*()\[\]{}<>"`«»“”‘’„‒–—―]|[:,](?!\d)|--|''|\.\.+"""
     rf"|(?<={_WORD_CHAR})(?=(?:n't|'(?:s|m|d|ll|re|ve))(?:[^\w'-]|$))"
     r"|(?<=\bcan)(?=not\b)|(?<=\bgon|\bwan)(?=na\b)|(?<=\bgot)(?=ta\b)|(?<=\bgim|\blem)(?=me\b)"
 )
-
-
-def count_capital_words(text: str) -> int:
-    """Number of all-caps tokens: "I'm at IBM-UK" -> 2 (I, IBM-UK)."""
-    return sum(token.isupper() for token in _TOKEN_BOUNDARY.split(text))
-
 
 # A possible end of a sentence: (start of a line)? (token up to its last mark) (next token)?
 _SENTENCE_MARK = re.compile(
@@ -220,11 +211,9 @@ def _nth_paragraph_starts(paragraphs: list[str], kwargs: dict) -> bool:
 def _is_emphasized(phrase: str, text: str, bold: bool) -> bool:
     """Whether a phrase is in **bold** or __bold__, or in *any* _emphasis_ if not `bold`."""
     phrase = re.compile(rf"(?<![^\W_]|[{_MARKS}]){re.escape(phrase)}(?![^\W_]|[{_MARKS}])", re.I)
-    for mark in (r"\*\*", "__") if bold else (r"\*\*", "__", r"(?<!\*)\*(?!\*)", "(?<!_)_(?!_)"):
-        for emphasized in re.findall(rf"{mark}(?=\S)((?:(?!{mark}).)+)(?<=\S){mark}", text):
-            if phrase.search(emphasized):
-                return True
-    return False
+    marks = (r"\*\*", "__") if bold else (r"\*\*", "__", r"(?<!\*)\*(?!\*)", "(?<!_)_(?!_)")
+    patterns = [rf"{mark}(?=\S)((?:(?!{mark}).)+)(?<=\S){mark}" for mark in marks]
+    return any(phrase.search(part) for pattern in patterns for part in re.findall(pattern, text))
 
 
 def _is_json(text: str) -> bool:
@@ -273,7 +262,7 @@ NO_CAPITALS = ("change_case:capital_word_frequency",
 # The fields of Verifier. In the lambdas, k are the complete kwargs.
 VERIFIERS = {row[0]: Verifier(*row) for row in [
     ("length_constraints:number_words", dict(num_words=..., relation=..., max_words=math.inf),
-     lambda text, k: len(WORD.findall(text))),
+     lambda text, k: count_words(text)),
     ("length_constraints:number_sentences", dict(num_sentences=..., relation=...),
      lambda text, k: count_sentences(text)),
     ("length_constraints:number_paragraphs",
@@ -313,7 +302,7 @@ VERIFIERS = {row[0]: Verifier(*row) for row in [
      lambda text, k: text.strip().lower().startswith(k["prompt_to_repeat"].strip().lower())
      if k["prompt_to_repeat"] else None, "quotation english_capital english_lowercase"),
     ("change_case:capital_word_frequency", dict(capital_frequency=..., capital_relation=...),
-     lambda text, k: count_capital_words(text)),
+     lambda text, k: sum(token.isupper() for token in _TOKEN_BOUNDARY.split(text))),
     ("change_case:english_capital", {},
      lambda text, k: text.isupper() and _language(text) in (None, "en"),
      "english_lowercase", lambda k: [ENGLISH]),
@@ -348,7 +337,7 @@ def count_intervals(parsed: list[tuple[str, dict]]) -> dict[tuple, tuple[float, 
     allowed: dict[tuple, tuple[float, float]] = {}
     for id, kwargs in parsed:
         if VERIFIERS[id].first_kwarg("a relation"):
-            low, high = _allowed_counts(VERIFIERS[id], kwargs)
+            low, high = VERIFIERS[id].allowed_counts(kwargs)
             for item in _as_list(kwargs.get("keyword") or kwargs.get("letter")):
                 key = (id, item and item.lower())
                 known_low, known_high = allowed.get(key, (0, math.inf))
