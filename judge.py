@@ -23,7 +23,7 @@ from extras.verifiers import (
     allowed_count,
     category,
     check,
-    count_words,
+    estimate_words,
     find_contradiction,
     is_decidable,
     normalize,
@@ -255,7 +255,7 @@ def length_factor(question: Question, answer: str) -> float:
     if fixed or allowed_count(parsed, "sentences")[1] < math.inf:
         return 1.0
     floor = max(1, min(MIN_ANSWER_WORDS, allowed_count(parsed, "words")[1]))
-    return min(1.0, count_words(answer) / floor)
+    return min(1.0, estimate_words(answer) / floor)
 
 
 def follower_rewards(samples: list, penalties: str) -> None:

@@ -113,6 +113,8 @@ _WORD_CHAR = rf"[\w{_MARKS}\U000e0100-\U000e01ef]"
 WORD = re.compile(rf"\w(?:{_WORD_CHAR}|(?<=[{_MARKS}])[\u200c\u200d])*")
 # A text repeats itself below this share of distinct trigrams, or of its bytes when compressed.
 MIN_DISTINCT, MIN_COMPRESSED = 0.6, 0.32
+# Letters of Thai, Lao, Burmese, Khmer, Japanese and Chinese.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 # A position that is not inside a word. \b would find no edge of a word like "c++".
 _EDGE = rf"(?:(?<!{_WORD_CHAR})|(?!{_WORD_CHAR}))"
 
@@ -120,6 +122,11 @@ _EDGE = rf"(?:(?<!{_WORD_CHAR})|(?!{_WORD_CHAR}))"
 def count_words(text: str) -> int:
     """Number of words."""
     return len(WORD.findall(text))
+
+
+def estimate_words(text: str) -> float:
+    """Number of words, at two characters each in scripts that do not separate them."""
+    return count_words(UNSPACED.sub(" ", text)) + len(UNSPACED.findall(text)) / 2
 
 
 def normalize(text: str) -> str:
