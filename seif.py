@@ -80,7 +80,6 @@ class Config:
     follower_steps: str = "30,12"  # the same; empty: 3 epochs in turn 1, then 1
     questions_per_turn: int = 128  # seed questions used for q_T, so its largest size; 0: all
     hard_fraction: float = 1.0  # share of verifiable questions; the rest needs the LLM judge
-    few_shot: int = 4  # examples in the Instructor's prompt
     think: bool = False  # require <think>..</think><answer>..</answer>
     filter: str = "rules"  # rules; llm: fewer rules, then the model; off; see Judge.accept
     min_words: int = 60  # the Filter rejects instructions that allow fewer words
@@ -126,7 +125,7 @@ CHOICES |= {"kl_reference": ("base", "turn"), "advantage": tuple(ADVANTAGES), "l
 POSITIVE = "turns prompts_per_step num_minibatches lora_rank max_new_tokens max_proposal_tokens"
 MINIMUM = dict.fromkeys(POSITIVE.split(), 1) | {"group_size": 2, "max_prompt_tokens": 1}
 MINIMUM |= {"temperature": 0.01, "instructor_temperature": 0.01}
-MAXIMUM = {"hard_fraction": 1, "few_shot": len(few_shot_examples("soft"))}
+MAXIMUM = {"hard_fraction": 1}
 
 
 def read_config(argv: list[str]) -> Config:
@@ -259,7 +258,7 @@ def propose(run: Run, seed_questions, n: int, temperature, rng, per_draw) -> lis
     # Soft constraints need a judge that can tell.
     hard = cfg.hard_fraction if run.judge.trusts_model else 1.0
     kinds = ["hard" if rng.random() < hard else "soft" for _ in seed_questions]
-    prompts = instructor_prompts(seed_questions, kinds, cfg.few_shot, per_draw, rng)
+    prompts = instructor_prompts(seed_questions, kinds, per_draw, rng)
     with run.policy.using("instructor"):
         groups = run.policy.sample(prompts, n, cfg.max_proposal_tokens, temperature)
     for seed_question, kind, group in zip(seed_questions, kinds, groups):

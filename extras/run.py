@@ -34,6 +34,7 @@ from extras.log import Log
 from extras.peft_adapters import load_adapter
 from judge import Judge, uses_model
 from prompts import (
+    FEW_SHOT,
     FOLDER,
     NUM_CONSTRAINTS,
     Question,
@@ -332,7 +333,7 @@ def check_context(cfg, policy, uses_model: bool) -> None:
     needs = {"Follower": cfg.max_prompt_tokens + cfg.max_new_tokens}
     for kind in NUM_CONSTRAINTS:
         examples = sorted(few_shot_examples(kind), key=lambda q: -len(q.instruction))
-        tokens = len(encode(instructor_messages("", kind, examples[: cfg.few_shot])))
+        tokens = len(encode(instructor_messages("", kind, examples[:FEW_SHOT])))
         tokens += cfg.max_prompt_tokens * 3 // 4 + cfg.max_proposal_tokens
         needs["Instructor"] = max(tokens, needs.get("Instructor", 0))
     if uses_model:
@@ -342,5 +343,5 @@ def check_context(cfg, policy, uses_model: bool) -> None:
     for role, tokens in needs.items():
         if tokens > policy.context_length:
             limit = f"{tokens} tokens, the model's context has {policy.context_length}"
-            fix = "lower --max-prompt-tokens, --max-new-tokens or --few-shot"
+            fix = "lower --max-prompt-tokens, --max-new-tokens or --max-proposal-tokens"
             raise InputError(f"the {role} may need {limit}; {fix}")

@@ -272,7 +272,7 @@ SETTINGS = [
     ("--bits 8", "--bits 8: must be one of 4, 16"), ("--judge both", "one of hybrid, trusted"),
     ("--group-size 1", "--group-size 1: must be between 2"), ("--turns 0", "must be between 1"),
     ("--temperature -1", "--temperature -1.0"), ("--lr nan", "--lr nan: must be between 0"),
-    ("--hard-fraction 1.5", "between 0 and 1"), ("--few-shot 99", "--few-shot 99: must be"),
+    ("--hard-fraction 1.5", "between 0 and 1"),
     ("--follower-steps 3,x", "--follower-steps 3,x: must be whole numbers, such as 4,2"),
     ("--judge trusted", "--judge trusted: no model is used; add --hard-fraction 0.5"),
     ("--penalties brevity", "--penalties brevity: must be one of "),
