@@ -10,8 +10,9 @@
 A turn is one round of self-evolution (section 3 of the paper). The Instructor learns to write
 constraints that the current Follower fails (reward 1 - r) and writes the questions q_T. The
 Follower learns to satisfy them (reward r). Filter and Judger are verifiers in code and, if wanted,
-the Follower as it was at the start of the turn. All roles are LoRA adapters on one quantised base
-model. Read train() first, then judge.py (verdicts, rewards) and rl.py (sampling, GRPO).
+the Follower as it was at the start of the turn, or a server. All roles are LoRA adapters on one
+quantised base model. Read train() first, then judge.py (verdicts, rewards) and rl.py (sampling,
+GRPO).
 """
 
 import functools
@@ -84,6 +85,8 @@ class Config:
     filter: str = "rules"  # rules; llm: fewer rules, then the model; off; see Judge.accept
     min_words: int = 60  # the Filter rejects instructions that allow fewer words
     judge: str = "hybrid"  # verifiers, then a reliable model; trusted: any model; llm: model only
+    judge_url: str = ""  # OpenAI-compatible judge, http://localhost:8080/v1; key: SEIF_JUDGE_KEY
+    judge_model: str = ""  # name of the model on that server
     penalties: str = "length,repetition"  # on the Follower's reward, see judge.py; empty: none
     temperature: float = 0.8  # Follower sampling temperature
     instructor_temperature: float = 0.7  # Instructor sampling temperature
@@ -166,8 +169,11 @@ def validate(cfg: Config) -> None:
         else:
             continue
         raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
-    if cfg.judge == "trusted" and not uses_model(cfg):
-        raise InputError("--judge trusted: no model is used; add --hard-fraction 0.5")
+    if (cfg.judge == "trusted" or cfg.judge_url) and not uses_model(cfg):
+        flag = "--judge-url" if cfg.judge_url else "--judge trusted"
+        raise InputError(f"{flag}: no model is used; add --hard-fraction 0.5")
+    if bool(cfg.judge_url) != bool(cfg.judge_model):
+        raise InputError("--judge-url and --judge-model: give both")
 
 
 def load_policy(cfg: Config) -> Policy:
