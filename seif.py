@@ -10,8 +10,9 @@
 A turn is one round of self-evolution (section 3 of the paper). The Instructor learns to write
 constraints that the current Follower fails (reward 1 - r) and writes the questions q_T. The
 Follower learns to satisfy them (reward r). Filter and Judger are verifiers in code and, if wanted,
-the Follower as it was at the start of the turn. All roles are LoRA adapters on one quantised base
-model. Read train() first, then judge.py (verdicts, rewards) and rl.py (sampling, GRPO).
+the Follower as it was at the start of the turn, or a server. All roles are LoRA adapters on one
+quantised base model. Read train() first, then judge.py (verdicts, rewards) and rl.py (sampling,
+GRPO).
 """
 
 import functools
@@ -80,11 +81,12 @@ class Config:
     follower_steps: str = "30,12"  # the same; empty: 3 epochs in turn 1, then 1
     questions_per_turn: int = 128  # seed questions used for q_T, so its largest size; 0: all
     hard_fraction: float = 1.0  # share of verifiable questions; the rest needs the LLM judge
-    few_shot: int = 4  # examples in the Instructor's prompt
     think: bool = False  # require <think>..</think><answer>..</answer>
     filter: str = "rules"  # rules; llm: fewer rules, then the model; off; see Judge.accept
     min_words: int = 60  # the Filter rejects instructions that allow fewer words
     judge: str = "hybrid"  # verifiers, then a reliable model; trusted: any model; llm: model only
+    judge_url: str = ""  # OpenAI-compatible judge, http://localhost:8080/v1; key: SEIF_JUDGE_KEY
+    judge_model: str = ""  # name of the model on that server
     penalties: str = "length,repetition"  # on the Follower's reward, see judge.py; empty: none
     temperature: float = 0.8  # Follower sampling temperature
     instructor_temperature: float = 0.7  # Instructor sampling temperature
@@ -126,7 +128,7 @@ CHOICES |= {"kl_reference": ("base", "turn"), "advantage": tuple(ADVANTAGES), "l
 POSITIVE = "turns prompts_per_step num_minibatches lora_rank max_new_tokens max_proposal_tokens"
 MINIMUM = dict.fromkeys(POSITIVE.split(), 1) | {"group_size": 2, "max_prompt_tokens": 1}
 MINIMUM |= {"temperature": 0.01, "instructor_temperature": 0.01}
-MAXIMUM = {"hard_fraction": 1, "few_shot": len(few_shot_examples("soft"))}
+MAXIMUM = {"hard_fraction": 1}
 
 
 def read_config(argv: list[str]) -> Config:
@@ -167,8 +169,11 @@ def validate(cfg: Config) -> None:
         else:
             continue
         raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
-    if cfg.judge == "trusted" and not uses_model(cfg):
-        raise InputError("--judge trusted: no model is used; add --hard-fraction 0.5")
+    if (cfg.judge == "trusted" or cfg.judge_url) and not uses_model(cfg):
+        flag = "--judge-url" if cfg.judge_url else "--judge trusted"
+        raise InputError(f"{flag}: no model is used; add --hard-fraction 0.5")
+    if bool(cfg.judge_url) != bool(cfg.judge_model):
+        raise InputError("--judge-url and --judge-model: give both")
 
 
 def load_policy(cfg: Config) -> Policy:
@@ -259,7 +264,7 @@ def propose(run: Run, seed_questions, n: int, temperature, rng, per_draw) -> lis
     # Soft constraints need a judge that can tell.
     hard = cfg.hard_fraction if run.judge.trusts_model else 1.0
     kinds = ["hard" if rng.random() < hard else "soft" for _ in seed_questions]
-    prompts = instructor_prompts(seed_questions, kinds, cfg.few_shot, per_draw, rng)
+    prompts = instructor_prompts(seed_questions, kinds, per_draw, rng)
     with run.policy.using("instructor"):
         groups = run.policy.sample(prompts, n, cfg.max_proposal_tokens, temperature)
     for seed_question, kind, group in zip(seed_questions, kinds, groups):

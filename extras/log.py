@@ -257,7 +257,7 @@ def warnings(rows: list[dict]) -> dict[str, str]:
     found = {}
     if row["stage"] == "questions" and row["top_share"] > MAX_CATEGORY:
         share = f"{row['top_share']:.0%} of q_T's constraints are {row['top_category']}"
-        found["category"] = f"{share}; raise --instructor-temperature or --few-shot"
+        found["category"] = f"{share}; raise --instructor-temperature"
     # The stage that goes on, or has ended with this row.
     name = {"questions": "instructor", "evaluation": "follower"}.get(row["stage"], row["stage"])
     steps = [r for r in rows if (r["turn"], r["stage"]) == (row["turn"], name) and "length" in r]
@@ -269,7 +269,7 @@ def warnings(rows: list[dict]) -> dict[str, str]:
         outcomes = steps[-1]["outcomes"]
         reason = max(outcomes, key=outcomes.get)
         share = f"{outcomes[reason] / sum(outcomes.values()):.0%} of the samples: {reason}"
-        fix = FIXES.get(reason, "raise --few-shot, change --filter, or use a larger --model")
+        fix = FIXES.get(reason, "change --filter, or use a larger --model")
         found[f"idle {row['turn']}"] = f"{idle} steps without an update; {share}; {fix}"
     if "length" in row:
         found |= step_warnings(row, steps)

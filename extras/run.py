@@ -29,11 +29,13 @@ from extras.data import (
     write_atomic,
 )
 from extras.evaluate import check_heldout
+from extras.judge_server import JudgeServer
 from extras.load_model import fast_dtype
 from extras.log import Log
 from extras.peft_adapters import load_adapter
 from judge import Judge, uses_model
 from prompts import (
+    FEW_SHOT,
     FOLDER,
     NUM_CONSTRAINTS,
     Question,
@@ -49,13 +51,14 @@ SAVE_SECONDS = 60
 # So many steps in a row without a finite gradient end the run.
 MAX_SKIPPED_STEPS = 5
 # Settings that may differ when a run is resumed.
-MAY_CHANGE = ("out", "turns", "logger")
+MAY_CHANGE = ("out", "turns", "logger", "judge_url")
 
 
 class Run:
     """A run folder and its objects: policy, optimizers, judge, log, and the steps that are done."""
 
     def __init__(self, cfg, roles: list[str], load_policy):
+        server = JudgeServer(cfg.judge_url, cfg.judge_model) if cfg.judge_url else None
         seed_questions = read_seed_questions(cfg.seed_questions or FOLDER / "seeds.jsonl")
         heldout = read_eval_rows(cfg.heldout or FOLDER / "heldout.jsonl")
         self.heldout = heldout[: cfg.eval_rows or None]
@@ -67,14 +70,14 @@ class Run:
             self.policy = load_policy(self.cfg)
             # Chat templates that contain the date keep it when the run is resumed another day.
             self.policy.chat.date = created
-            check_context(self.cfg, self.policy, uses_model(self.cfg))
+            check_context(self.cfg, self.policy, uses_model(self.cfg) and not server)
             self.seed_questions = self._short_enough(seed_questions)
             self.optimizers = {role: self._add_role(role, i) for i, role in enumerate(roles)}
             # Role that the Follower is compared with: None is the base model.
             self.baseline = "init_follower" if cfg.init_follower else None
             if self.baseline:
                 self.policy.copy("follower", self.baseline)
-            self.judge = Judge(self.cfg, self.ask, self.fits)
+            self.judge = Judge(self.cfg, server.ask if server else self.ask, self.fits)
             self.turn, self.global_step, self.skipped_steps = 1, 0, 0
             # Steps per stage of this turn: finished ones, and those that train() came past.
             self.done, self.scheduled = Counter(), Counter()
@@ -332,7 +335,7 @@ def check_context(cfg, policy, uses_model: bool) -> None:
     needs = {"Follower": cfg.max_prompt_tokens + cfg.max_new_tokens}
     for kind in NUM_CONSTRAINTS:
         examples = sorted(few_shot_examples(kind), key=lambda q: -len(q.instruction))
-        tokens = len(encode(instructor_messages("", kind, examples[: cfg.few_shot])))
+        tokens = len(encode(instructor_messages("", kind, examples[:FEW_SHOT])))
         tokens += cfg.max_prompt_tokens * 3 // 4 + cfg.max_proposal_tokens
         needs["Instructor"] = max(tokens, needs.get("Instructor", 0))
     if uses_model:
@@ -342,5 +345,5 @@ def check_context(cfg, policy, uses_model: bool) -> None:
     for role, tokens in needs.items():
         if tokens > policy.context_length:
             limit = f"{tokens} tokens, the model's context has {policy.context_length}"
-            fix = "lower --max-prompt-tokens, --max-new-tokens or --few-shot"
+            fix = "lower --max-prompt-tokens, --max-new-tokens or --max-proposal-tokens"
             raise InputError(f"the {role} may need {limit}; {fix}")

@@ -14,6 +14,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 # Constraints per instruction, as in SEIF: verifiable ones (hard), open ones (soft).
 NUM_CONSTRAINTS = {"hard": 3, "soft": 5}
+# Examples in the Instructor's prompt.
+FEW_SHOT = 4
 # A small model would answer the question instead, so its proposal is started for it.
 INSTRUCTOR_PREFILL = {"hard": '{"c1": "Your answer must', "soft": '{"c1": "'}
 # Marks around a model's own thought: Qwen and DeepSeek, Seed-OSS, Magistral, Gemma 4, Cohere, Kimi.
@@ -105,7 +107,7 @@ def example_proposals(rng: random.Random) -> list[str]:
     return [proposal_text(example) for example in rng.sample(pool, len(pool))]
 
 
-def instructor_prompts(seed_questions, kinds, few_shot: int, per_draw: int, rng: random.Random):
+def instructor_prompts(seed_questions, kinds, per_draw: int, rng: random.Random):
     """Messages per seed question. So many in a row share their examples, and so their beginning.
 
     No example is drawn twice before the pool is used up. The pool shows every category equally
@@ -115,8 +117,8 @@ def instructor_prompts(seed_questions, kinds, few_shot: int, per_draw: int, rng:
     pools = {kind: rng.sample(pool, len(pool)) for kind, pool in pools.items()}
     prompts = []
     for i, (seed_question, kind) in enumerate(zip(seed_questions, kinds)):
-        start, pool = i // per_draw * few_shot, pools[kind]
-        examples = [pool[j % len(pool)] for j in range(start, start + few_shot)]
+        start, pool = i // per_draw * FEW_SHOT, pools[kind]
+        examples = [pool[j % len(pool)] for j in range(start, start + FEW_SHOT)]
         prompts.append(instructor_messages(seed_question, kind, examples))
     return prompts
 

@@ -14,7 +14,6 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import judge
 import rl
 import seif
 
@@ -140,7 +139,7 @@ def randomise(policy, role: str, seed: int = 3) -> None:
 @pytest.fixture
 def setup(tmp_path, monkeypatch):
     """A tiny model, seed questions, held-out rows, and the flags of a run (tests/tiny.py)."""
-    monkeypatch.setattr(judge, "parse_proposal", tiny.parse)
+    tiny.simplify(monkeypatch.setattr)
     make_model(tmp_path / "model", **tiny.MODEL)
     tiny.write_inputs(tmp_path)
     return lambda out, **more: tiny.flags(tmp_path, out, **more)
@@ -151,7 +150,7 @@ def finished(tmp_path_factory):
     """The folder of a finished run of two turns. Read only."""
     folder = tmp_path_factory.mktemp("finished")
     patch = pytest.MonkeyPatch()
-    patch.setattr(judge, "parse_proposal", tiny.parse)
+    tiny.simplify(patch.setattr)
     make_model(folder / "model", **tiny.MODEL)
     tiny.write_inputs(folder)
     assert seif.main(tiny.flags(folder, "run")) == 0

@@ -337,13 +337,13 @@ def test_prompts_put_shared_text_first():
 def test_few_shot_examples_change_between_batches_and_not_within_one():
     """Otherwise the constraints of q_T would be of few categories."""
     questions, kinds = ["A?"] * 8, ["hard"] * 8
-    draw = lambda seed: prompts.instructor_prompts(questions, kinds, 2, 4, random.Random(seed))
+    draw = lambda seed: prompts.instructor_prompts(questions, kinds, 4, random.Random(seed))
     batches = draw(0)
     assert batches[:4] == [batches[0]] * 4 and batches[4:] == [batches[4]] * 4
     assert batches[0] != batches[4] and batches == draw(0) != draw(1)
     # Every example once before one comes again.
     pool = few_shot_examples("hard")
-    batches = prompts.instructor_prompts(["A?"] * 9, ["hard"] * 9, 4, 1, random.Random(0))
+    batches = prompts.instructor_prompts(["A?"] * 9, ["hard"] * 9, 1, random.Random(0))
     assert len({str(m) for batch in batches for m in batch[1:-2:2]}) == len(pool) == 36
 
 

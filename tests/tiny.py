@@ -16,6 +16,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import judge  # noqa: E402
+import prompts  # noqa: E402
 import seif  # noqa: E402
 from extras import data, run  # noqa: E402
 
@@ -63,6 +64,13 @@ def parse(text: str, count: int) -> tuple[list[str], str]:
     return ([], "no json") if draw.random() < 0.2 else (draw.sample(POOL, count), "")
 
 
+def simplify(patch) -> None:
+    """patch: setattr. Proposals parse. No few-shot examples: they would be thousands of bytes."""
+    patch(judge, "parse_proposal", parse)
+    for module in (prompts, run):
+        patch(module, "FEW_SHOT", 0)
+
+
 def write_inputs(folder: Path) -> None:
     """Seeds and held-out rows; the model is conftest.make_model's."""
     (folder / "seeds.txt").write_text("Say hi.\nName a fruit.\n\nCount to three.\nSing.\n")
@@ -83,7 +91,6 @@ def flags(folder: Path, out: str, **more) -> list[str]:
         instructor_steps="2,1",
         follower_steps="2",
         hard_fraction=1.0,
-        few_shot=0,
         filter="rules",
         min_words=0,
         temperature=1.0,
@@ -137,7 +144,7 @@ def main(argv: list[str], stderr: str = "") -> None:
     """A process's whole life. stderr: a file for what it says there."""
     if stderr:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    judge.parse_proposal = parse
+    simplify(setattr)
     # Kills fall into stages that are saved by half, too.
     run.SAVE_SECONDS = 0.1
     sys.exit(seif.main(argv))
