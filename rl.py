@@ -294,7 +294,6 @@ class Policy:
         prompts = [self.chat.encode(m) for m in messages]
         # One draw per sample and position, so the batch size changes nothing but rounding.
         uniform = 1 - torch.rand(len(prompts), n, max_new_tokens)
-
         work = partial(self.engine.sample, prompts, uniform, temperature)
         groups = []
         sampled = self.retry_on_oom(work, inference=True) if prompts else []

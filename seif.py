@@ -10,9 +10,8 @@
 A turn is one round of self-evolution (section 3 of the paper). The Instructor learns to write
 constraints that the current Follower fails (reward 1 - r) and writes the questions q_T. The
 Follower learns to satisfy them (reward r). Filter and Judger are verifiers in code and, if wanted,
-the Follower as it was at the start of the turn, or a server. All roles are LoRA adapters on one
-quantised base model. Read train() first, then judge.py (verdicts, rewards) and rl.py (sampling,
-GRPO).
+the Follower as it was at the start of the turn, or a server. The roles are LoRA adapters on one
+quantised model. Read train() first, then judge.py (verdicts, rewards) and rl.py (sampling, GRPO).
 """
 
 import functools
@@ -124,11 +123,10 @@ CHOICES = {"bits": (4, 16), "dtype": ("auto", *DTYPES), "engine": ("packed", "pl
 CHOICES |= {"filter": ("rules", "llm", "off"), "judge": ("hybrid", "trusted", "llm")}
 CHOICES |= {"penalties": ("length,repetition", "length", "repetition", "")}
 CHOICES |= {"kl_reference": ("base", "turn"), "advantage": tuple(ADVANTAGES), "logger": LOGGERS}
-# Smallest values of numbers where that is not 0, and largest values.
+# Smallest values of numbers where that is not 0.
 POSITIVE = "turns prompts_per_step num_minibatches lora_rank max_new_tokens max_proposal_tokens"
 MINIMUM = dict.fromkeys(POSITIVE.split(), 1) | {"group_size": 2, "max_prompt_tokens": 1}
 MINIMUM |= {"temperature": 0.01, "instructor_temperature": 0.01}
-MAXIMUM = {"hard_fraction": 1}
 
 
 def read_config(argv: list[str]) -> Config:
@@ -159,7 +157,7 @@ def read_config(argv: list[str]) -> Config:
 def validate(cfg: Config) -> None:
     """InputError for the first setting that is out of range."""
     for name, value in asdict(cfg).items():
-        low, high = MINIMUM.get(name, 0), MAXIMUM.get(name, math.inf)
+        low, high = MINIMUM.get(name, 0), 1 if name == "hard_fraction" else math.inf
         if value not in CHOICES.get(name, (value,)):
             limit = f"one of {', '.join(str(choice) or repr(choice) for choice in CHOICES[name])}"
         elif isinstance(value, (int, float)) and not low <= value <= high:
@@ -170,8 +168,7 @@ def validate(cfg: Config) -> None:
             continue
         raise InputError(f"--{name.replace('_', '-')} {value}: must be {limit}")
     if (cfg.judge == "trusted" or cfg.judge_url) and not uses_model(cfg):
-        flag = "--judge-url" if cfg.judge_url else "--judge trusted"
-        raise InputError(f"{flag}: no model is used; add --hard-fraction 0.5")
+        raise InputError("--judge trusted, --judge-url: no model is used; add --hard-fraction 0.5")
     if bool(cfg.judge_url) != bool(cfg.judge_model):
         raise InputError("--judge-url and --judge-model: give both")
 
