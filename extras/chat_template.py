@@ -22,7 +22,9 @@ class ChatTemplate:
     """
 
     # Special tokens of some tokenizers that belong to the format of an answer, or of a thought.
-    TAGS = re.compile(r"</?answer>|.*(?:think|thought|reasoning|channel).*|<\|message\|>", re.I)
+    TAGS = re.compile(
+        r"</?answer>|.*(?:think|thought|reasoning|channel|inner_).*|<\|message\|>", re.IGNORECASE
+    )
     # Probe messages. Private-use characters show where a template puts a content.
     SYSTEM, USER, ASSISTANT = (
         {"role": role, "content": f"\ue000{role}\ue001"} for role in ("system", "user", "assistant")
@@ -34,6 +36,10 @@ class ChatTemplate:
         special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.special_pattern = re.compile("|".join(map(re.escape, special.values())) or r"(?!)")
         self.hidden_ids = {i for i, text in special.items() if not self.TAGS.fullmatch(text)}
+        marks = [t for t in special.values() if re.search("think|thought|reasoning", t, re.I)]
+        unknown = [t for t in marks if not (THOUGHT_START.search(t) or THOUGHT_END.search(t))]
+        if unknown:
+            print(f"  unknown marks, a thought is judged as an answer: {' '.join(unknown)}")
         self.content_in_parts = False
         self.content_in_parts = not self._keeps(self.USER)
         if not self._keeps(self.USER):
@@ -61,7 +67,10 @@ class ChatTemplate:
             return ""
         closing = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷"}
         closing |= {"<|channel>thought": "<channel|>", "<|START_THINKING|>": "<|END_THINKING|>"}
-        default = start[1].replace("<", "</", 1)
+        closing |= {"<|inner_prefix|>": "<|inner_suffix|>"}
+        default = start[1].replace("begin_of_", "end_of_")
+        if default == start[1]:
+            default = re.sub(r"<\|?", r"\g<0>/", default)
         return closing.get(start[1], f"\n{default}\n\n")
 
     def _first_tokens(self, words: tuple[str, ...]) -> list[int]:

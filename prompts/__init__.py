@@ -18,16 +18,16 @@ NUM_CONSTRAINTS = {"hard": 3, "soft": 5}
 FEW_SHOT = 4
 # A small model would answer the question instead, so its proposal is started for it.
 INSTRUCTOR_PREFILL = {"hard": '{"c1": "Your answer must', "soft": '{"c1": "'}
-# Marks around a model's own thought: Qwen and DeepSeek, Seed-OSS, Magistral, Gemma 4, Cohere, Kimi.
-# gpt-oss thinks in a channel "analysis" and answers in "final".
-_NAME = r"(?:\w+:)?(?:think|thinking|thought|reasoning)>"
+# Marks around a model's own thought: Qwen and DeepSeek, Seed-OSS, OpenThinker, Magistral, Gemma 4,
+# Cohere, Kimi, Apertus. gpt-oss thinks in a channel "analysis" and answers in "final".
+_NAME = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
 THOUGHT_START = re.compile(
-    rf"<{_NAME}|\[THINK\]|<\|channel>thought|<\|START_THINKING\|>|◁think▷"
-    r"|<\|channel\|>(?!final)"
+    rf"<{_NAME}>|<\|(?:begin_of_)?{_NAME}\|>|\[THINK\]|<\|channel>thought|<\|START_THINKING\|>"
+    r"|◁think▷|<\|inner_prefix\|>|<\|channel\|>(?!final)"
 )
 THOUGHT_END = re.compile(
-    rf"</{_NAME}|\[/THINK\]|<channel\|>|<\|END_THINKING\|>|◁/think▷"
-    r"|<\|channel\|>final<\|message\|>"
+    rf"</{_NAME}>|<\|(?:/|end_of_){_NAME}\|>|\[/THINK\]|<channel\|>|<\|END_THINKING\|>"
+    r"|◁/think▷|<\|inner_suffix\|>|<\|channel\|>final<\|message\|>"
 )
 # A proposal's JSON is searched for in so many characters.
 MAX_PROPOSAL_CHARS = 20_000
