@@ -12,7 +12,8 @@ from extras.verifiers import find_contradiction, validate_kwargs
 
 # fmt: off
 LEAST, MOST, EXACTLY, LESS = "at least", "at most", "exactly", "less than"
-# (sentence, category, values of its first kwargs)
+# (sentence, category, values of its first kwargs). Categories without kwargs are parsed in the
+# few-shot examples (test_judge.py).
 PARSED = [
     ("Answer with at least 600 words.", "number_words", 600, LEAST),
     ("The response must not exceed 50 words in length.", "number_words", 50, MOST),
@@ -36,16 +37,10 @@ PARSED = [
     ("Highlight the words 'net' and 'web' in your answer using markdown emphasis.",
      "highlighted_words", ["net", "web"], False),
     ("Write 2 sections, each marked with PART X, such as PART 1.", "multiple_sections", "PART", 2),
-    ("Include a title in double angular brackets, such as <<tea>>.", "title"),
     ("At the end of your response, add a postscript starting with 'P.S.'", "postscript", "P.S."),
-    ("Your entire response should be in JSON format.", "json_format"),
-    ("Give two different responses separated by ******.", "two_responses"),
-    ("First repeat the request word for word, then answer.", "repeat_prompt"),
     ("Use at least 2 words in all capital letters.", "capital_word_frequency", 2, LEAST),
     ("Write your entire response in English, in all capital letters.", "english_capital"),
-    ("The entire response should be in all lowercase letters.", "english_lowercase"),
     ("Write your answer in Dutch, no other language is allowed.", "response_language", "nl"),
-    ("Please avoid using any commas.", "no_comma"),
     ("Your answer must be written without using any commas.", "no_comma"),
     ("The word 'pot' should appear at least twice.", "frequency", "pot", 2, LEAST),
     ("Use the words 'red' and 'blue' 2 times each.", "frequency", ["red", "blue"], 2, EXACTLY),
@@ -59,7 +54,6 @@ PARSED = [
     ("The letter 'B' must appear at least 5 times.", "letter_frequency", "b", 5, LEAST),
     ("Finish your response with the phrase 'Good night.'", "end_checker", "Good night."),
     ("Start your answer with the phrase 'Well, then.'", "start_checker", "Well, then."),
-    ("Wrap your entire response with double quotation marks.", "quotation"),
     ("Use one of the following options: 'Red.', 'No.'", "constrained_response", ["Red.", "No."]),
     # One pair of quotation marks is around a list, or around a text with a comma.
     ('Refrain from using the following words: "a, an, the"', "forbidden_words", ["a", "an", "the"]),

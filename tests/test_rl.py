@@ -100,17 +100,6 @@ def test_a_role_adds_its_scaled_low_rank_update_to_the_base_model(folders, bits)
         pass
 
 
-def test_inference_casts_the_active_role_and_no_other(policy):
-    randomise(policy, "instructor")
-    with policy.using("instructor"):
-        expected = logits(policy, range(9))
-    with policy.using("follower"), policy.inference(), policy.using("instructor"):
-        torch.testing.assert_close(logits(policy, range(9)), expected, rtol=0, atol=0)
-        layer = next(iter(policy.lora.values()))
-        assert layer.inference_copy["follower"][0].dtype == policy.model.dtype
-    assert not layer.inference_copy
-
-
 def test_a_fresh_adapter_depends_on_its_seed_alone(policy):
     for role, seed in (("again", 1), ("other", 2)):
         policy.add(role, seed=seed)
@@ -158,8 +147,7 @@ def test_every_kind_is_adapted_samples_scores_and_trains(folders, kind, capsys):
         assert "no LoRA" not in printed and set(policy.lora) == linear - {"lm_head"}
     with policy.using("follower"):
         (group,) = policy.sample([[user("Name a fruit.")]], 4, 8)
-        (p,) = policy.yes_probability([[user("Is it?")]])
-    assert all(1 <= len(s.tokens) <= 8 for s in group) and (math.isnan(p) or 0 <= p <= 1)
+    assert all(1 <= len(s.tokens) <= 8 for s in group)
     for k, sample in enumerate(group):
         sample.reward = float(k)
     assert step(policy, [group])["updates"] == 1
@@ -225,11 +213,12 @@ def test_yes_probability_by_hand(folders, engine, monkeypatch):
         assert all(map(math.isnan, policy.yes_probability(messages)))
 
 
-def test_out_of_memory_without_a_remedy_is_one_clear_line(folders, monkeypatch):
-    policy = load_cpu(folders("llama"), "plain")
+def test_an_optimizer_step_that_is_out_of_memory_is_not_repeated(folders, monkeypatch):
+    """Its gradient has been divided by the tokens."""
+    policy = load_cpu(folders("llama"))
     groups, optimizer = rewarded_groups(policy), torch.optim.SGD(adapter(policy))
-    fail = Mock(side_effect=torch.OutOfMemoryError("by the test"))
-    monkeypatch.setattr(optimizer, "step", fail)
+    once = Mock(side_effect=[torch.OutOfMemoryError("by the test"), None])
+    monkeypatch.setattr(optimizer, "step", once)
     with pytest.raises(InputError, match=r"^out of GPU memory \(by the test\); use a smaller .*$"):
         step(policy, groups, optimizer)
 

@@ -57,7 +57,6 @@ CHECKS = [
     ("response_language", ["zh-cn"], "學習一門新的語言需要時間和耐心。", "We walk in the park."),
     ("no_comma", [], "No; none.", "Well, yes."),
     ("frequency", [["ha", "ho"], 2, "exactly"], "Ha, ha. Hoho", "ha ha ha ho ho"),
-    ("frequency", ["a1", 1, "exactly"], "a1 b1", "a1 a1"),
     ("existence", [["sun", "sea"]], "The Sun over the seaside.", "The sun."),
     ("forbidden_words", [["can", "c++"]], "A candle.", "We like C++."),
     ("forbidden_words", [["!", "?"]], "Fine.", "Great! Really."),
@@ -92,11 +91,8 @@ INVALID = [
     (WORDS, {"relation": "at least"}, "num_words: missing"),
     (WORDS, {"num_words": None, "relation": "at least"}, "num_words: missing"),
     (WORDS, {"num_words": 3, "relation": "about"}, "relation: 'about' is not a relation"),
-    (WORDS, {"num_words": 3, "relation": ["at least"]}, "relation: ['at least'] is not"),
-    (WORDS, {"num_words": "3", "relation": "at least"}, "num_words: '3' is not a number"),
     (WORDS, {"num_words": True, "relation": "at least"}, "num_words: True is not"),
     (WORDS, {"num_words": -1, "relation": "at least"}, "num_words: -1 is not"),
-    (EXISTENCE, {"keywords": "sun"}, "keywords: 'sun' is not a list of texts"),
     (IDS["letter_frequency"], {"letter": "ab"}, "letter: 'ab' is not one letter"),
     (IDS["highlighted_words"], {"phrases": ["a"], "bold": "yes"}, "bold: 'yes' is not true or f"),
 ]
@@ -162,13 +158,10 @@ def test_loose_removes_asterisks_and_the_first_or_last_line():
     assert check_loose(*lowercase, "Sure! Here:\nthe sun is a star and it shines.") is True
     assert check_loose(*end, "Text.\nGood night") is False
     # It is undecidable only if the strict verdict is.
-    verdicts = {"one\ntwo": False, "two": None, "one": False}
-    verify = lambda id, kwargs, text: verdicts[text]
-    assert check_loose("", {}, "one\ntwo", verify) is False
-    verdicts["one\ntwo"] = None
-    assert check_loose("", {}, "one\ntwo", verify) is None
-    verdicts["one"] = True
-    assert check_loose("", {}, "one\ntwo", verify) is True
+    for strict, first, loose in ((False, False, False), (None, False, None), (None, True, True)):
+        verdicts = {"one\ntwo": strict, "two": None, "one": first}
+        verify = lambda id, kwargs, text, verdicts=verdicts: verdicts[text]
+        assert check_loose("", {}, "one\ntwo", verify) is loose
 
 
 ODD = ["²", "٣", "9" * 400, "\ud800", "''", '""', "(?P<", "[", "\\", "***", "\0", "P.S.", "\u0301"]
