@@ -67,8 +67,7 @@ class ChatTemplate:
             return ""
         closing = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷"}
         closing |= {"<|channel>thought": "<channel|>", "<|START_THINKING|>": "<|END_THINKING|>"}
-        closing |= {"<|inner_prefix|>": "<|inner_suffix|>"}
-        default = start[1].replace("begin_of_", "end_of_")
+        default = start[1].replace("begin_of_", "end_of_").replace("_prefix", "_suffix")
         if default == start[1]:
             default = re.sub(r"<\|?", r"\g<0>/", default)
         return closing.get(start[1], f"\n{default}\n\n")

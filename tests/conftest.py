@@ -128,6 +128,13 @@ def policy(folders):
     return policy
 
 
+def load_cpu(folder: str, engine="packed", bits=16, dtype="fp32", **options) -> rl.Policy:
+    """A policy on the CPU, exact by default, with a fresh adapter `follower`."""
+    policy = rl.load(folder, bits, "cpu", engine=engine, dtype=dtype, **options)
+    policy.add("follower")
+    return policy
+
+
 def randomise(policy, role: str, seed: int = 3) -> None:
     """Give a role's B (zero at the start) values, so that it computes something of its own."""
     generator = torch.Generator().manual_seed(seed)

@@ -63,17 +63,12 @@ def test_every_text_reaches_the_model(template, merged):
         assert prompt == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ raise_exception('never') }}",
-        "<|im_start|>user\n{{ 'Hello' }}<|im_end|>",
-        "{{ messages[0]['content'] * 2 }}",
-        "{{ messages[0]['content'] + 1 }}",
-        "{% for m in messages %}{{ m['content'] }}",
-        "{{ messages[7]['content'] }}",
-    ],
-)
+LOSING = ["{{ raise_exception('never') }}", "<|im_start|>user\n{{ 'Hello' }}<|im_end|>"]
+LOSING += ["{{ messages[0]['content'] * 2 }}", "{{ messages[0]['content'] + 1 }}"]
+LOSING += ["{% for m in messages %}{{ m['content'] }}"]
+
+
+@pytest.mark.parametrize("template", LOSING)
 def test_a_template_that_loses_the_user_message_is_an_error(template):
     with pytest.raises(ValueError, match="its chat template loses the user's text"):
         chat_template(template)
@@ -86,16 +81,17 @@ def test_the_date_in_a_prompt_can_be_fixed():
 
 
 @pytest.mark.parametrize(
-    "end, added", [("<|im_end|>\n", {IM_END}), ("</s>\n", set()), ("<|endoftext|>", {EOT})]
+    "template, added",
+    [
+        (CHATML, {IM_END}),
+        (CHATML.replace("<|im_end|>", "<|endoftext|>"), {EOT}),
+        (CHATML.replace("<|im_end|>", "</s>"), set()),
+        # This one takes no assistant message.
+        (RAISES.replace("[0]", "[-1]").replace("system", "assistant") + CHATML, set()),
+    ],
 )
-def test_the_special_token_after_an_assistant_message_is_an_eos(end, added):
-    template = CHATML.replace("<|im_end|>\n", end.replace("\n", "\\n"))
+def test_the_special_token_after_an_assistant_message_is_an_eos(template, added):
     assert chat_template(template, eos=[260]).eos == {260} | added
-
-
-def test_a_template_that_raises_on_an_assistant_message_adds_no_eos():
-    raises = "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
-    assert chat_template(raises + CHATML, eos=[260]).eos == {260}
 
 
 def test_eos_ids_come_from_generation_config_tokenizer_and_template(tmp_path):
@@ -113,6 +109,10 @@ def test_an_assistant_prefill_is_tokenised_as_one_string_with_its_prompt():
     assert with_prefill == prompt + chat.tokenizer.convert_tokens_to_ids(["{", "a"])
     # An assistant message that is not the last one is no prefill.
     assert chat.encode(conversation("hi", ("assistant", "ho"), ("user", "go"))).count(IM_END) == 3
+    # A prefill that the template writes itself is not repeated.
+    chat = chat_template(OPENS.replace("MARK", "<think>"))
+    messages = conversation("hi", ("assistant", "<think>"))
+    assert chat.encode(messages) == chat.encode(messages[:1])
 
 
 @pytest.mark.parametrize("space", ["", " "])
@@ -165,10 +165,9 @@ def test_tags_of_the_answer_format_survive_decoding_as_special_tokens():
     assert think not in chat.encode(conversation("say <think>"))
 
 
-def test_a_prefill_that_the_template_writes_itself_is_not_repeated():
-    chat = chat_template(CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}")
-    prompt = chat.encode(conversation("hi"))
-    assert chat.encode(conversation("hi", ("assistant", "<think>"))) == prompt
+def test_unknown_marks_of_a_thought_are_printed(capsys):
+    chat_template(special=["<think>", "</think>", "<|START_THINKING|>", "<|thought_ends|>"])
+    assert capsys.readouterr().out.endswith("judged as an answer: <|thought_ends|>\n")
 
 
 HARMONY = (
@@ -191,6 +190,11 @@ THOUGHTS = [
     (["<think>", "</think>"], OPENS.replace("MARK", "<think>"), "Hm.\n</think>\n\nYes.", "Yes.",
      "\n</think>\n\n"),
     (["<seed:think>", "</seed:think>"], CHATML, "<seed:think>Hm.</seed:think>Yes.", "Yes.", ""),
+    (["<|inner_prefix|>", "<|inner_suffix|>"], OPENS.replace("MARK", "<|inner_prefix|>"),
+     "Hm.<|inner_suffix|>Yes.", "Yes.", "\n<|inner_suffix|>\n\n"),
+    ([], OPENS.replace("MARK", "<|begin_of_thought|>"), "Hm.<|end_of_thought|>Yes.", "Yes.",
+     "\n<|end_of_thought|>\n\n"),
+    (["<|think|>", "<|/think|>"], CHATML, "<|think|>Hm.<|/think|>Yes.", "Yes.", ""),
     # A thought that is not closed has no answer. A closed one of the template's needs no mark.
     (["[THINK]", "[/THINK]"], CHATML, "[THINK]Hm. Yes.", "", ""),
     ([], OPENS.replace("MARK", "<think>\n\n</think>"), "Yes.", "Yes.", ""),

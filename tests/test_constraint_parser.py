@@ -8,19 +8,18 @@ from hypothesis import strategies as st
 from test_verifiers import PIECES, TEXTS, constraint, is_fast
 
 from extras.constraint_parser import parse_constraint
-from extras.verifiers import check, find_contradiction, validate_kwargs
+from extras.verifiers import find_contradiction, validate_kwargs
 
 # fmt: off
 LEAST, MOST, EXACTLY, LESS = "at least", "at most", "exactly", "less than"
-# (sentence, category, values of its first kwargs)
+# (sentence, category, values of its first kwargs). Categories without kwargs are parsed in the
+# few-shot examples (test_judge.py).
 PARSED = [
     ("Answer with at least 600 words.", "number_words", 600, LEAST),
     ("The response must not exceed 50 words in length.", "number_words", 50, MOST),
     ("Your answer should be between 20 and 30 words.", "number_words", 20, "between", 30),
     ("Your answer must have 10-20 words.", "number_words", 10, "between", 20),
     ("Your answer must be 50 words or less.", "number_words", 50, MOST),
-    ("Answer with a number of words less than 15.", "number_words", 15, LESS),
-    ("Limit your response to 50 words.", "number_words", 50, MOST),
     ("Your answer must be limited to exactly 90 words.", "number_words", 90, EXACTLY),
     ("Your answer must have a word count of at least 20 words and less than 50 words.",
      "number_words", 20, "between", 49),
@@ -32,43 +31,29 @@ PARSED = [
     ("The second paragraph must start with 'But.'", "nth_paragraph_first_word", 2, "but"),
     ("Paragraph 1 must start with the word 'हिन्दी'.", "nth_paragraph_first_word", 1, "हिन्दी"),
     ("Your answer must contain exactly 2 bullet points in markdown.", "number_bullet_lists", 2),
-    ("Use at least three bullet points.", "number_bullet_lists", 3, LEAST),
     ("Use at least two placeholders in square brackets, such as [date].", "number_placeholders", 2),
     ("Highlight at least 2 sections with markdown, i.e. *word*.", "number_highlighted_sections", 2),
     ("Highlight the word 'web' in bold.", "highlighted_words", ["web"], True),
     ("Highlight the words 'net' and 'web' in your answer using markdown emphasis.",
      "highlighted_words", ["net", "web"], False),
     ("Write 2 sections, each marked with PART X, such as PART 1.", "multiple_sections", "PART", 2),
-    ("Include a title in double angular brackets, such as <<tea>>.", "title"),
     ("At the end of your response, add a postscript starting with 'P.S.'", "postscript", "P.S."),
-    ("Your entire response should be in JSON format.", "json_format"),
-    ("Give two different responses separated by ******.", "two_responses"),
-    ("First repeat the request word for word, then answer.", "repeat_prompt"),
     ("Use at least 2 words in all capital letters.", "capital_word_frequency", 2, LEAST),
     ("Write your entire response in English, in all capital letters.", "english_capital"),
-    ("The entire response should be in all lowercase letters.", "english_lowercase"),
     ("Write your answer in Dutch, no other language is allowed.", "response_language", "nl"),
-    ("Your response should be in Chinese.", "response_language", "zh"),
-    ("Please avoid using any commas.", "no_comma"),
     ("Your answer must be written without using any commas.", "no_comma"),
-    ("There must not be any commas whatsoever.", "no_comma"),
     ("The word 'pot' should appear at least twice.", "frequency", "pot", 2, LEAST),
     ("Use the words 'red' and 'blue' 2 times each.", "frequency", ["red", "blue"], 2, EXACTLY),
     ("Include the words 'save' and \"spend\" in your response.", "existence", ["save", "spend"]),
-    ("Your answer must contain the exact text 'to be'.", "existence", ["to be"]),
     ("Include the exact text 'He came.'", "existence", ["He came."]),
-    ("Do not include the word 'rain'.", "forbidden_words", ["rain"]),
     ("Your answer may not include the word 'sun'.", "forbidden_words", ["sun"]),
     ("Your answer must not include '!' or '?'.", "forbidden_words", ["!", "?"]),
-    ("Your answer must not include 'c++'.", "forbidden_words", ["c++"]),
-    ("Do not use the word 'very.'", "forbidden_words", ["very"]),
     ("Do not use the words 'very,' or 'quite.'", "forbidden_words", ["very", "quite"]),
     ("Your answer must not include any of the following words: red, green, or blue.",
      "forbidden_words", ["red", "green", "blue"]),
     ("The letter 'B' must appear at least 5 times.", "letter_frequency", "b", 5, LEAST),
     ("Finish your response with the phrase 'Good night.'", "end_checker", "Good night."),
     ("Start your answer with the phrase 'Well, then.'", "start_checker", "Well, then."),
-    ("Wrap your entire response with double quotation marks.", "quotation"),
     ("Use one of the following options: 'Red.', 'No.'", "constrained_response", ["Red.", "No."]),
     # One pair of quotation marks is around a list, or around a text with a comma.
     ('Refrain from using the following words: "a, an, the"', "forbidden_words", ["a", "an", "the"]),
@@ -85,27 +70,22 @@ NOT_PARSED = [
     "Use exactly 3 bullet points, each under 10 words.", "Do not use commas to separate the items.",
     "Write exactly 3 paragraphs, each about one animal.", "Use 3 words" + "!" * 300,
     "Start with a title in double angular brackets.", "Include the word 'a' in the first sentence.",
-    "Answer with exactly 100 words, including the title.", "Highlight the main word in bold.",
     "First repeat the request word for word, then answer in French.", "Use at least ² words.",
     "A title in double angular brackets, such as <<tea>>, and exactly 3 sections.",
-    "Use 3 bullet points such as * a, each followed by an explanation.", "Use between 3 sentences.",
-    "Use at least 2 placeholders in square brackets, such as [name], and no commas.",
+    "Use 3 bullet points such as * a, each followed by an explanation.", "Write two-hundred words.",
     "Highlight at least 2 sections with markdown, such as *this*, and end with a joke.",
-    "Your answer must contain exactly 3 sentences from the text.", "Write two-hundred words.",
     "Your answer must have at least twenty-five words.", "All-caps word count: 3 words.",
     # Some capital letters are not all letters, and "may" is no obligation.
     "Your answer must include capital letters.", "Your answer must contain lowercase letters.",
-    "Your answer may include the word 'sun'.", "Your answer must mention JSON.",
     # Keywords are not named, or alternatives. The verifier's last word has no full stop after it.
     "Do not use the forbidden words.", "Do not use the word processor.", "Include the word ''.",
     "Include at least one keyword related to music, such as 'song' or 'melody'.",
-    "Do not use any words related to travel, such as 'road'.", "Include the words 'red' or 'blue'.",
+    "Your answer may include the word 'sun'.", "Include the words 'red' or 'blue'.",
     "Include the following words: red or blue.", "Use the words 'red' and 'blue' exactly 2 times.",
     "Use the words 'red, blue' 2 times.", "The letter 'ab' must appear at least 5 times.",
     "The first word of each sentence must be 'But'.", "End your answer with the word 'tomorrow'.",
 ]
 CONTRADICTIONS = [
-    (["Answer with at most 20 words.", "Do not use any commas.", "Include the word 'sun'."], False),
     (["Use the words 'ha' and 'ho' 2 times each.", "Include the word 'ho'."], False),
     (["Use the words 'ha' and 'ho' 2 times each.", "Use the word 'ho' at least 3 times."], True),
     (["Answer with at least 200 words.", "Answer with less than 100 words."], True),
@@ -114,7 +94,6 @@ CONTRADICTIONS = [
     (["Your entire response should be in JSON format.", "Use exactly 3 bullet points."], True),
     (["Write in all capital letters.", "Your response should be in all lowercase letters."], True),
     (["Include the word 'sun'.", "Do not use the words 'Sun' and 'moon'."], True),
-    (["Use the word 'sun' exactly twice.", "Do not use the word 'sun'."], True),
     (["Use only lowercase letters.", "Use at least 2 words in all capital letters."], True),
     (["Use only lowercase letters.", "Your response should be in German."], True),
 ]
@@ -145,7 +124,6 @@ def test_no_text_raises(row, text):
     for sentence in [" ".join(words), text, f"Use '{text}'."]:
         for id, kwargs in filter(None, [parse_constraint(sentence)]):
             assert validate_kwargs(id, kwargs) == ""
-            assert check(id, kwargs, text) in (True, False, None)
             assert isinstance(find_contradiction([(id, kwargs), constraint(*row[1:])]), str)
 
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import load_cpu, randomise
 from safetensors.torch import load, save
+from tiny import rows_of
 
 import rl
 import seif
@@ -25,12 +27,10 @@ auto = transformers.AutoModelForCausalLM
 load_fp32 = functools.partial(auto.from_pretrained, dtype=torch.float32)
 
 
-def load_cpu(folder: str, rank: int = 8) -> rl.Policy:
-    """fp32 on the CPU, with an adapter `follower` that changes the output."""
-    policy = rl.load(folder, 16, device="cpu", dtype="fp32", engine="plain", rank=rank)
-    policy.add("follower")
-    for parameter in policy.tensors("follower").values():
-        torch.nn.init.normal_(parameter.data, std=0.1)
+def load_trained(folder: str, rank: int = 8) -> rl.Policy:
+    """With an adapter `follower` that changes the output."""
+    policy = load_cpu(folder, "plain", rank=rank)
+    randomise(policy, "follower")
     return policy
 
 
@@ -39,10 +39,6 @@ def assert_equal_logits(policy: rl.Policy, model) -> None:
     with policy.using("follower"):
         ours = policy.model(IDS).logits
     torch.testing.assert_close(ours, model.eval()(IDS).logits, rtol=0, atol=1e-4)
-
-
-def rows_of(path) -> list[dict]:
-    return [row for _, row in data.read_jsonl(path)]
 
 
 def run_command(capsys, line: str, *folders) -> str:
@@ -152,17 +148,8 @@ def test_figures_that_show_empty_answers(monkeypatch):
     assert (figures["repeated"], figures["lower_bound"]) == (1 / 8, 1 / 3)
 
 
-def test_an_option_of_the_seed_question_has_a_reward():
-    seed_question = "Which is a fruit?\nA) apple\nB) car"
-    row = {"prompt": f"{seed_question}\nUse no commas.", "seed_question": seed_question}
-    row |= {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    for text, reward in (("A) apple", 1), ("Which is a fruit?\nUse no commas.", 0)):
-        record = evaluate.make_record(row, rl.Sample([1], [2], text, True, answer=text))
-        assert record["reward"] == reward
-
-
 def test_mean_logprobs_are_those_of_the_model(folders):
-    policy = load_cpu(folders("llama"))
+    policy = load_trained(folders("llama"))
     value, none = evaluate.mean_logprobs(policy, [("Say hi.", "Hello"), ("Sing.", " ")])
     prompt = policy.chat.encode([user("Say hi.")])
     tokens = policy.chat.tokenizer.encode("Hello", add_special_tokens=False)
@@ -332,7 +319,7 @@ def test_merge_gives_the_same_logits(finished, tmp_path, capsys):
     old = json.dumps({**config, "dtype": "fp32", "few_shot": 4})
     (tmp_path / "run" / "config.json").write_text(old)
     run_command(capsys, "merge {} --out {}", tmp_path / "run", tmp_path / "out")
-    policy = load_cpu(config["model"])
+    policy = load_trained(config["model"])
     load_adapter(policy, "follower", finished / "turn2" / "follower")
     assert_equal_logits(policy, load_fp32(tmp_path / "out"))
     with pytest.raises(AssertionError):
@@ -347,7 +334,7 @@ def test_peft_loads_what_we_save(folders, tmp_path, kind):
     peft = pytest.importorskip("peft")
     folder = folders("llama" if kind == "small-rank" else kind)
     # Rank 48 leaves keys and values out.
-    policy = load_cpu(folder, rank=48 if kind == "small-rank" else 8)
+    policy = load_trained(folder, rank=48 if kind == "small-rank" else 8)
     # The second time another part of the model, say a vision tower, has a module of that name.
     for tower in ({}, {"o_proj": torch.nn.Linear(4, 4)}):
         policy.model.tower = torch.nn.ModuleDict(tower)
@@ -369,7 +356,7 @@ def test_an_adapter_of_peft_computes_the_same_or_is_refused(folders, tmp_path, s
     config = peft.LoraConfig(r=4, lora_alpha=12, **{**defaults, **settings})
     theirs = peft.get_peft_model(load_fp32(folders("qwen2")), config)
     theirs.save_pretrained(tmp_path)
-    policy = load_cpu(folders("qwen2"))
+    policy = load_trained(folders("qwen2"))
     if settings in LORA:
         load_adapter(policy, "follower", tmp_path)
         assert_equal_logits(policy, theirs)
@@ -384,7 +371,7 @@ def test_an_adapter_that_does_not_fit_is_refused(policy, folders, tmp_path):
     whole = weights.read_bytes()
     # These shapes would broadcast.
     narrow = {name: t[:, :1].contiguous() for name, t in load(whole).items()}
-    save_adapter(load_cpu(folders("phi3"), rank=16), "follower", tmp_path)
+    save_adapter(load_trained(folders("phi3"), rank=16), "follower", tmp_path)
     other_names = weights.read_bytes()
     damaged = [(weights, b) for b in (other_names, save(narrow), save({}), whole[:-100], b"")]
     damaged += [(config, b'{"lora_alpha": 4}'), (config, b"{")]

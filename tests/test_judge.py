@@ -28,6 +28,7 @@ ECHO = FRUIT.instruction
 YES, NO, NONE = Verdict(1.0, "rule"), Verdict(0.0, "rule"), Verdict(None, "judger")
 RELIABLE = Calibration(auc=0.9, low=0.8, high=1.0, threshold=0.3, cases=64)
 CHANCE = Calibration(auc=0.5, low=0.4, high=0.6, threshold=0.5, cases=64)
+MODES = [("llm", RELIABLE, RELIABLE), ("rules", RELIABLE, CHANCE), ("rules", CHANCE, RELIABLE)]
 # fmt: off
 GOOD = '{"c1": "a", "c2": "b", "c3": "c"}'
 PROPOSALS = [
@@ -68,12 +69,42 @@ ANSWERS = [
     ("<think>hm</think><answer>a</answer><answer>b</answer>", True, ""), (" ok\n", False, "ok"),
     ("a thought</think>\n\nok", False, "ok"), ("<answer>ok</answer>", False, "<answer>ok</answer>"),
 ]
-# Answer, whether it ended, its verdicts, the Follower's reward. Echoes of the instruction get 0.
+# Answer, whether it ended, its verdicts, the Follower's reward.
 REWARDS = [
     ("fig", True, [YES, NO], 0.5), ("fig", True, [YES, NONE], 1), ("fig", True, [NONE], None),
-    ("", True, [], 0), ("fig", False, [], 0), (ECHO, True, [YES], 0),
-    (ECHO + " Ok.", True, [YES], 0), ("Be kind.\nname a fruit!", True, [YES], 0),
-    (ECHO + "\nThis is my answer.", True, [YES], 1),
+    ("", True, [], 0), ("fig", False, [], 0),
+]
+FRUITS = "Which is a fruit?\nA) apple\nB) car"
+# Seed question, answer, whether it only repeats lines of the instruction.
+ECHOES = [
+    ("Hi", "Hi\nUse no commas.", True), ("Hi", "Use no commas.\nhi!", True),
+    ("Hi", "Hi\nUse no commas. Ok.", True), ("Hi", "Hi\nUse no commas.\nThis is my answer.", False),
+    # An option of the seed question may be the answer.
+    (FRUITS, "A) apple", False), (FRUITS, "A) apple\nB) car", True),
+    ("Which is a fruit?\n- an apple.\n- a car.", "- an apple.", False),
+    ("apple\ncar\nWhich of them is a fruit?", "apple", False),
+    ("apple\ncar\nWhich of them is a fruit?", "Which of them is a fruit?", True),
+    ("Translate to French:\nThe cat is black.", "The cat is black.", True),
+]
+PROSE = "Glass has no grain that could scatter light, so most of it passes straight through panes."
+# Constraint, answer, factor of its reward.
+LENGTHS = [
+    ("Use no commas.", "one two three four five", 5 / 20),
+    ("Use no commas.", PROSE + " Or so we hope.", 1),
+    ("Answer with at least 3 words.", "one two", 2 / 20),
+    ("Answer with at most 4 words.", "one two three", 3 / 4),
+    ("Answer with at most 40 words.", "one two three", 3 / 20),
+    # What caps sentences or fixes the answer may be short.
+    ("Answer with at most 2 sentences.", "Yes.", 1),
+    ("Answer with at least 2 sentences.", "Yes. No.", 2 / 20),
+    # Two characters count as a word in scripts that do not separate words.
+    ("Use no commas.", "ガラスは透明です。 Clear?", 5 / 20), ("Use no commas.", "玻璃很透明" * 9, 1),
+    ("Answer with one of the following options: ('yes', 'no')", "yes", 1),
+]
+# The last but one has each trigram twice, the last no trigram of words.
+LOOPS = [
+    (PROSE, False), ("apple, apple, pear", False), ("The sea is blue. " * 6, True),
+    (f"{PROSE} {PROSE}", True), ("हिन्दी" * 200, True),
 ]
 # fmt: on
 
@@ -130,15 +161,11 @@ def test_accept_asks_the_model_only_after_the_code(mode, reasons):
     assert last.rejected == "over --max-prompt-tokens"
 
 
-MODES = [(RELIABLE, RELIABLE, "llm"), (RELIABLE, CHANCE, "rules"), (CHANCE, RELIABLE, "rules")]
-
-
-@pytest.mark.parametrize("judger, filter_, mode", MODES)
+@pytest.mark.parametrize("mode, judger, filter_", MODES)
 def test_code_replaces_a_model_that_is_not_reliable(judger, filter_, mode):
     assert make_judge(None, judger, filter_, filter="llm").filter_mode == mode
-    assert make_judge(None, judger, filter_, filter="llm", judge="trusted").trusts_model
-    # Then neither test counts.
-    assert make_judge(None, CHANCE, CHANCE, filter="llm", judge="trusted").filter_mode == "llm"
+    trusting = make_judge(None, judger, filter_, filter="llm", judge="trusted")
+    assert trusting.trusts_model and trusting.filter_mode == "llm"
 
 
 def test_hybrid_asks_the_model_once_and_only_where_no_verifier_decides():
@@ -194,74 +221,28 @@ def test_follower_reward_is_the_share_of_satisfied_constraints(answer, ended, ve
     assert scored.reward == reward
 
 
-# fmt: off
-OPTIONS = [
-    ("Which is a fruit?\nA) apple\nB) car", "A) apple", False),
-    ("Which is a fruit?\n- an apple.\n- a car.", "- an apple.", False),
-    ("apple\ncar\nWhich of them is a fruit?", "apple", False),
-    ("apple\ncar\nWhich of them is a fruit?", "Which of them is a fruit?", True),
-    ("Translate to French:\nThe cat is black.", "The cat is black.", True),
-    ("Which is a fruit?\nA) apple\nB) car", "A) apple\nB) car", True),
-    ("apple or car", "apple or car", True),
-]
-# fmt: on
+@pytest.mark.parametrize("seed_question, answer, is_echo", ECHOES)
+def test_an_echo_of_the_instruction_has_no_reward(seed_question, answer, is_echo):
+    echo = sample(answer, Question(seed_question, "hard", ("Use no commas.",)), verdicts=[YES])
+    judge.follower_rewards([echo], "")
+    assert echo.reward == 1 - is_echo
 
 
-@pytest.mark.parametrize("seed_question, answer, is_echo", OPTIONS)
-def test_an_option_of_the_seed_question_is_no_echo(seed_question, answer, is_echo):
-    question = Question(seed_question, "hard", ("Use no commas.",))
-    assert judge.is_echo(question, answer) == is_echo
+@pytest.mark.parametrize("constraint, answer, factor", LENGTHS)
+def test_the_length_penalty_lowers_the_reward_of_short_answers(constraint, answer, factor):
+    for penalties in ("length", "length,repetition"):
+        short, unknown = (sample(answer, hard(constraint), verdicts=v) for v in ([YES, NO], [NONE]))
+        judge.follower_rewards([short, unknown], penalties)
+        assert short.reward == pytest.approx(factor / 2) and unknown.reward is None
 
 
-PROSE = (
-    "Glass has no grain that could scatter light, so most of it passes straight through the pane"
-)
-
-
-@pytest.mark.parametrize(
-    "constraints, answer, factor",
-    [
-        (["Use no commas."], "one two three four five", 5 / 20),
-        (["Use no commas."], PROSE + " and so on today.", 1),
-        (["Answer with at least 3 words."], "one two", 2 / 20),
-        (["Answer with at most 4 words."], "one two three", 3 / 4),
-        (["Answer with at most 40 words."], "one two three", 3 / 20),
-        # What caps sentences or fixes the answer may be short.
-        (["Answer with at most 2 sentences."], "Yes.", 1),
-        (["Answer with at least 2 sentences."], "Yes. No.", 2 / 20),
-        (["Answer with one of the following options: ('yes', 'no')"], "yes", 1),
-    ],
-)
-def test_the_length_penalty_lowers_the_reward_of_short_answers(constraints, answer, factor):
-    question = hard(*constraints)
-
-    def reward(penalties: str, verdicts=(YES, NO)) -> float | None:
-        scored = sample(answer, question, verdicts=verdicts)
-        judge.follower_rewards([scored], penalties)
-        return scored.reward
-
-    assert reward("length") == reward("length,repetition") == pytest.approx(factor / 2)
-    assert reward("") == reward("repetition") == 0.5 and reward("length", (NONE,)) is None
-
-
-@pytest.mark.parametrize(
-    "answer, repeats",
-    [
-        (PROSE, False),
-        ("apple, apple, pear", False),
-        ("The sea is blue. " * 6, True),
-        # Each trigram occurs twice.
-        (f"{PROSE}. {PROSE}.", True),
-        # No trigram of words in it.
-        ("हिन्दी" * 200, True),
-        ("", False),
-    ],
-)
+@pytest.mark.parametrize("answer, repeats", LOOPS)
 def test_the_repetition_penalty_takes_the_reward_of_a_loop(answer, repeats):
     assert verifiers.repeats_itself(answer) == repeats
-    scored = sample(answer, verdicts=[YES])
-    judge.follower_rewards([scored], "repetition")
-    assert scored.reward == (0 if repeats or not answer else 1)
+    for penalties, reward in (("repetition", 1 - repeats), ("", 1)):
+        loop = sample(answer, verdicts=[YES])
+        judge.follower_rewards([loop], penalties)
+        assert loop.reward == reward
 
 
 def test_no_category_and_no_upper_bound_takes_more_than_its_share_of_q_t():
@@ -347,19 +328,16 @@ def test_few_shot_examples_change_between_batches_and_not_within_one():
     assert len({str(m) for batch in batches for m in batch[1:-2:2]}) == len(pool) == 36
 
 
-def test_the_few_shot_pool_shows_every_category_equally_often():
+def test_few_shot_examples_are_sound_and_show_every_category_equally_often():
     """A small model's proposals have the categories of its examples."""
+    for kind, count in NUM_CONSTRAINTS.items():
+        for question in few_shot_examples(kind):
+            assert rule_filter(question, 128, checkable=True) == "", question
+            shown = prompts.instructor_messages("A?", kind, [question])[2]["content"]
+            assert parse_proposal(shown, count) == (list(question.constraints), "")
+            assert shown.startswith(prompts.INSTRUCTOR_PREFILL[kind])
     parsed = [parse_constraint(c) for q in few_shot_examples("hard") for c in q.constraints]
     assert Counter(id for id, _ in parsed) == dict.fromkeys(verifiers.VERIFIERS, 4)
-
-
-@pytest.mark.parametrize("kind", NUM_CONSTRAINTS)
-def test_few_shot_examples_are_sound(kind):
-    for question in few_shot_examples(kind):
-        assert rule_filter(question, 128, checkable=True) == "", question
-        shown = prompts.instructor_messages("A?", kind, [question])[2]["content"]
-        assert parse_proposal(shown, NUM_CONSTRAINTS[kind]) == (list(question.constraints), "")
-        assert shown.startswith(prompts.INSTRUCTOR_PREFILL[kind])
 
 
 def test_heldout_rows_are_sound_and_disjoint_from_training():

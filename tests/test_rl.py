@@ -10,27 +10,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from conftest import KINDS, SIZES, make_model, make_tokenizer, randomise
+from conftest import KINDS, OTHERS, SIZES, load_cpu, make_tokenizer, randomise
 from safetensors.torch import load_file, save_file
 
 import rl
 from extras import load_model, packed
 from extras.data import InputError
+from prompts import assistant, user
 
 IM_END = 258
-
-
-def ask(text: str, prefill: str = "") -> list[dict]:
-    messages = [{"role": "user", "content": text}]
-    return messages + [{"role": "assistant", "content": prefill}] * bool(prefill)
-
-
-def load_cpu(folder: str, engine: str = "packed", bits: int = 16, **options) -> rl.Policy:
-    """fp32 on the CPU, with both trained roles."""
-    policy = rl.load(folder, bits, "cpu", engine=engine, dtype="fp32", **options)
-    for seed, role in enumerate(("instructor", "follower")):
-        policy.add(role, seed=seed)
-    return policy
 
 
 @torch.no_grad()
@@ -46,28 +34,29 @@ def logprobs_by_hand(policy, samples, temperature=1.0) -> torch.Tensor:
     return torch.cat(values)
 
 
-def rewarded_groups(policy, rewards=(0, 1, 0, 1, 1, 0, 0, 0.5)) -> list[list[rl.Sample]]:
+def rewarded_groups(policy) -> list[list[rl.Sample]]:
+    """Samples of two prompts, four each, with rewards of some variance."""
     torch.manual_seed(2)
     with policy.using("follower"):
-        groups = policy.sample([ask("Name a fruit."), ask("Sing!")], 4, 12)
-    for sample, reward in zip((s for group in groups for s in group), rewards):
+        groups = policy.sample([[user("Name a fruit.")], [user("Sing!")]], 4, 12)
+    for sample, reward in zip(sum(groups, []), (0, 1, 0, 1, 1, 0, 0, 0.5)):
         sample.reward = reward
     return groups
 
 
-def group_of(prompt: list[int], *completions: tuple[list[int], float | None]) -> list[rl.Sample]:
-    return [rl.Sample(prompt, tokens, "", True, reward=reward) for tokens, reward in completions]
+def group_of(*rewards: float | None) -> list[rl.Sample]:
+    return [rl.Sample([1], [2], "", True, reward=reward) for reward in rewards]
 
 
 def adapter(policy, role="follower") -> list[torch.nn.Parameter]:
     return list(policy.tensors(role).values())
 
 
-def step(policy, groups, optimizer=None, ref_role=None, lr=1e-2, **changes) -> dict:
+def step(policy, groups, optimizer=None, ref_role=None, **changes) -> dict:
     """A GRPO step of the Follower. ref_role None: the base model is the KL reference."""
     settings = {"num_minibatches": 1, "kl_coef": 0.05, "advantage": "grpo", "temperature": 1.0}
     cfg = types.SimpleNamespace(**settings | changes)
-    optimizer = optimizer or torch.optim.AdamW(adapter(policy), lr=lr)
+    optimizer = optimizer or torch.optim.AdamW(adapter(policy), lr=1e-2)
     return rl.grpo_step(policy, "follower", ref_role, groups, optimizer, cfg, cfg.temperature)
 
 
@@ -83,18 +72,25 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[bool]:
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_without_an_adapter_it_is_the_base_model_bit_for_bit_and_roles_nest(folders, bits):
-    policy = load_cpu(folders("llama"), "plain", bits)
-    base, _ = load_model.load_model(folders("llama"), bits, torch.device("cpu"), torch.float32)
+def test_a_role_adds_its_scaled_low_rank_update_to_the_base_model(folders, bits):
+    """Without a role, or while its B is zero, it is the base model bit for bit. Roles nest."""
+    policy = load_cpu(folders("qwen2"), "plain", bits, rank=4, alpha=12)
+    base, _ = load_model.load_model(folders("qwen2"), bits, torch.device("cpu"), torch.float32)
     # In eval mode bitsandbytes may repack weights for a kernel that rounds more.
     base.train()
     ids = [i % 50 for i in range(130)]
     with torch.no_grad():
         expected = base(torch.tensor([ids])).logits[0]
     with pytest.raises(ZeroDivisionError), policy.using("follower"):
-        # B is zero.
         assert torch.equal(logits(policy, ids), expected)
         randomise(policy, "follower")
+        for name, layer in policy.lora.items():
+            fan_in, fan_out = layer.base.in_features, layer.base.out_features
+            prefix, x = f"base_model.model.{name}.lora_", torch.randn(2, 3, fan_in)
+            A, B = (policy.tensors("follower")[f"{prefix}{part}.weight"] for part in "AB")
+            assert A.shape == (4, fan_in) and B.shape == (fan_out, 4)
+            updated = layer.base(x) + 12 / 4 * x @ A.T @ B.T
+            torch.testing.assert_close(layer(x), updated, rtol=1e-4, atol=1e-4)
         with policy.using(None):
             assert torch.equal(logits(policy, ids), expected)
         assert not torch.equal(logits(policy, ids), expected)
@@ -102,31 +98,6 @@ def test_without_an_adapter_it_is_the_base_model_bit_for_bit_and_roles_nest(fold
     assert torch.equal(logits(policy, ids), expected)
     with pytest.raises(KeyError, match="nobody"), policy.using("nobody"):
         pass
-
-
-@pytest.mark.parametrize("bits", [16, 4])
-def test_a_layer_adds_the_scaled_low_rank_update(folders, bits):
-    policy = load_cpu(folders("qwen2"), "plain", bits, rank=4, alpha=12)
-    randomise(policy, "follower")
-    for name, layer in policy.lora.items():
-        fan_in, fan_out = layer.base.in_features, layer.base.out_features
-        prefix, x = f"base_model.model.{name}.lora_", torch.randn(2, 3, fan_in)
-        A, B = (policy.tensors("follower")[f"{prefix}{part}.weight"] for part in "AB")
-        assert A.shape == (4, fan_in) and B.shape == (fan_out, 4)
-        with policy.using("follower"):
-            expected = layer.base(x) + 12 / 4 * x @ A.T @ B.T
-            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_inference_casts_the_active_role_and_no_other(policy):
-    randomise(policy, "instructor")
-    with policy.using("instructor"):
-        expected = logits(policy, range(9))
-    with policy.using("follower"), policy.inference(), policy.using("instructor"):
-        torch.testing.assert_close(logits(policy, range(9)), expected, rtol=0, atol=0)
-        layer = next(iter(policy.lora.values()))
-        assert layer.inference_copy["follower"][0].dtype == policy.model.dtype
-    assert not layer.inference_copy
 
 
 def test_a_fresh_adapter_depends_on_its_seed_alone(policy):
@@ -158,34 +129,32 @@ def test_a_step_changes_its_own_role_and_nothing_else(folders, bits, num_minibat
     assert all(p.grad is None for p in policy.model.parameters())
 
 
+# Share of the layers' weights without LoRA, counted by hand. 0 for all other kinds.
+LEFT_OUT = {"qwen3-moe": "67%", "moe-after-mlp": "67%", "gpt-oss": "89%", "mamba": "29%"}
+
+
 # Weights that 4-bit kernels have no gradient for would train nothing below them.
 @pytest.mark.filterwarnings("error:.*an autograd kernel was not registered")
-@pytest.mark.parametrize("kind", [*KINDS, "moe-after-mlp", "mamba", "lfm2", "bloom"])
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_every_kind_is_adapted_samples_scores_and_trains(folders, kind, capsys):
     policy = load_cpu(folders(kind), bits=16 if kind == "mamba" else 4)
-    base = transformers.AutoModelForCausalLM.from_pretrained(folders(kind))
-    linear = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-    adapted = set(policy.lora)
-    assert adapted <= set(linear)
-    # Experts are stacked in 3-D weights.
-    sizes = {name: linear[name].weight.numel() for name in set(linear) - {"lm_head"}}
-    left_out = sum(sizes[name] for name in set(sizes) - adapted)
-    named = base.named_parameters()
-    left_out += sum(p.numel() for name, p in named if p.dim() == 3 and "conv" not in name)
-    share = left_out / (left_out + sum(sizes[name] for name in adapted))
-    out = capsys.readouterr().out
-    assert f"no LoRA on {share:.0%} of the layers" in out if left_out else "no LoRA" not in out
+    printed = capsys.readouterr().out
+    if kind in LEFT_OUT:
+        assert f"no LoRA on {LEFT_OUT[kind]} of the layers" in printed
+    else:
+        base = transformers.AutoModelForCausalLM.from_pretrained(folders(kind))
+        linear = {n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert "no LoRA" not in printed and set(policy.lora) == linear - {"lm_head"}
     with policy.using("follower"):
-        (group,) = policy.sample([ask("Name a fruit.")], 4, 8)
-        (p,) = policy.yes_probability([ask("Is it?")])
-    assert all(1 <= len(s.tokens) <= 8 for s in group) and (math.isnan(p) or 0 <= p <= 1)
+        (group,) = policy.sample([[user("Name a fruit.")]], 4, 8)
+    assert all(1 <= len(s.tokens) <= 8 for s in group)
     for k, sample in enumerate(group):
         sample.reward = float(k)
     assert step(policy, [group])["updates"] == 1
     rl.score(policy, "follower", group, "old_logprobs", 1.0)
     rl.score(policy, None, group, "ref_logprobs", 1.0)
-    assert (group[0].old_logprobs - group[0].ref_logprobs).isfinite().all()
-    assert not torch.equal(group[0].old_logprobs, group[0].ref_logprobs)
+    moved = group[0].old_logprobs - group[0].ref_logprobs
+    assert moved.isfinite().all() and moved.any()
 
 
 # ------------------------------------------------------------ sampling and verdicts
@@ -196,11 +165,12 @@ def test_samples_end_with_an_eos_or_at_the_limit(folders, engine):
     policy = rl.load(folders("llama"), 16, engine=engine, dtype="fp32")
     policy.chat.eos.update(range(0, 250, 10))
     torch.manual_seed(0)
-    for message, prefill in ((ask("Hi"), ""), (ask("Hello", "Well, "), "Well, ")):
-        (group,) = policy.sample([message], 12, 9)
+    for prefill in ("", "Well, "):
+        messages = [user("Hello"), assistant(prefill)] if prefill else [user("Hello")]
+        (group,) = policy.sample([messages], 12, 9)
         assert {s.ended for s in group} == {True, False} and len(group) == 12
         for s in group:
-            assert s.prompt == policy.chat.encode(message)
+            assert s.prompt == policy.chat.encode(messages)
             assert s.text == prefill + policy.chat.decode(s.tokens)
             assert not policy.chat.eos & set(s.tokens[:-1])
             assert s.ended == (s.tokens[-1] in policy.chat.eos) and (s.ended or len(s.tokens) == 9)
@@ -210,7 +180,7 @@ def test_the_plain_engine_is_what_transformers_computes(folders):
     policy = load_cpu(folders("gemma3"), "plain")
     randomise(policy, "follower")
     with policy.using("follower"):
-        (group,) = policy.sample([ask("Name a fruit.")], 2, 20, 0.0)
+        (group,) = policy.sample([[user("Name a fruit.")]], 2, 20, 0.0)
         ids = torch.tensor([group[0].prompt])
         out = policy.model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=IM_END)
         assert group[0].tokens == group[1].tokens == out[0, ids.shape[1] :].tolist()
@@ -229,7 +199,7 @@ def test_yes_probability_by_hand(folders, engine, monkeypatch):
     policy = load_cpu(folders("llama"), engine)
     randomise(policy, "follower")
     policy.chat.yes_tokens, policy.chat.no_tokens = [65, 66], [70]
-    messages, expected = [ask(text) for text in ("Is it?", "Is it so?", "Why", "Is it?")], []
+    messages, expected = [[user(text)] for text in ("Is it?", "Is it so?", "Why", "Is it?")], []
     with policy.using("follower"):
         for message in messages:
             p = logits(policy, policy.chat.encode(message))[-1].softmax(-1)
@@ -243,36 +213,34 @@ def test_yes_probability_by_hand(folders, engine, monkeypatch):
         assert all(map(math.isnan, policy.yes_probability(messages)))
 
 
-def test_out_of_memory_without_a_remedy_is_one_clear_line(folders, monkeypatch):
-    policy = load_cpu(folders("llama"), "plain")
+def test_an_optimizer_step_that_is_out_of_memory_is_not_repeated(folders, monkeypatch):
+    """Its gradient has been divided by the tokens."""
+    policy = load_cpu(folders("llama"))
     groups, optimizer = rewarded_groups(policy), torch.optim.SGD(adapter(policy))
-    line = r"^out of GPU memory \(by the test\); use a smaller --model, .*$"
-    for place, work in (
-        ((optimizer, "step"), lambda: step(policy, groups, optimizer)),
-        ((policy.model, "forward"), lambda: policy.sample([ask("Hi")], 1, 2)),
-    ):
-        monkeypatch.setattr(*place, Mock(side_effect=torch.OutOfMemoryError("by the test")))
-        with pytest.raises(InputError, match=line):
-            work()
+    once = Mock(side_effect=[torch.OutOfMemoryError("by the test"), None])
+    monkeypatch.setattr(optimizer, "step", once)
+    with pytest.raises(InputError, match=r"^out of GPU memory \(by the test\); use a smaller .*$"):
+        step(policy, groups, optimizer)
 
 
 # ------------------------------------------------------------ GRPO
 
 
-def test_advantages_by_hand():
-    std = math.sqrt(3) / 4 + 1e-6
-    for kind, expected in (
-        ("grpo", [0.75 / std] + [-0.25 / std] * 3),
-        ("rloo", [1.0] + [-1 / 3] * 3),
-        ("dr_grpo", [0.75] + [-0.25] * 3),
-    ):
-        (group,) = rl.with_advantages([group_of([1], *(([2], r) for r in (1, 0, 0, 0)))], kind)
-        assert [s.advantage for s in group] == pytest.approx(expected)
+STD = math.sqrt(3) / 4 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "kind, best, others",
+    [("grpo", 0.75 / STD, -0.25 / STD), ("rloo", 1, -1 / 3), ("dr_grpo", 0.75, -0.25)],
+)
+def test_advantages_by_hand(kind, best, others):
+    (group,) = rl.with_advantages([group_of(1, 0, 0, 0)], kind)
+    assert [s.advantage for s in group] == pytest.approx([best, others, others, others])
 
 
 def test_missing_rewards_leave_their_group_and_zero_variance_groups_are_dropped(policy):
     rewards = [1.0, None, 0.0], [0.5, 0.5, None], [None, None], [3.0], []
-    groups = [group_of([1], *(([2], r) for r in group)) for group in rewards]
+    groups = [group_of(*group) for group in rewards]
     (kept,) = rl.with_advantages(groups)
     assert kept[0] is groups[0][0] and kept[1] is groups[0][2] and len(kept) == 2
     assert [s.advantage for s in groups[0]] == pytest.approx([1, 0, -1], abs=1e-5)
@@ -300,7 +268,7 @@ def test_k3_and_token_loss_by_hand():
     ):
         old, ref = logp - log_ratio, logp + 0.3
         loss, kl, clipped = rl.token_loss(logp, old, ref, zero + advantage, 0.1)
-        assert loss.tolist() == pytest.approx([0.1 * k - surrogate for k in kl.tolist()], abs=1e-4)
+        torch.testing.assert_close(loss, 0.1 * kl - surrogate, rtol=1e-4, atol=1e-4)
         assert clipped.tolist() == [is_clipped] * 3
 
 
@@ -315,6 +283,10 @@ def test_a_step_is_the_gradient_of_the_loss_written_out(
     randomise(policy, "ref", seed=9)
     monkeypatch.setattr(rl, "MAX_GRAD_NORM", 1e9)
     groups, parameters, gradients = rewarded_groups(policy), adapter(policy), []
+    # The last token is an EOS. It counts, though it is the padding token, too.
+    assert policy.chat.tokenizer.pad_token_id == IM_END in policy.chat.eos
+    for s in sum(groups, []):
+        s.tokens[-1] = IM_END
     start, optimizer = copies(parameters), torch.optim.SGD(parameters, lr)
     optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad for p in parameters]))
     settings = {"num_minibatches": num_minibatches, "temperature": temperature}
@@ -354,13 +326,6 @@ def test_a_large_gradient_is_scaled_down(policy):
     assert "kl" not in metrics and metrics["entropy"] > 0 == metrics["frac_reward_zero_std"]
 
 
-def test_kl_pulls_back_to_the_reference(policy):
-    randomise(policy, "follower")
-    groups = rewarded_groups(policy, [0, 1e-3] * 4)
-    kl = [step(policy, groups, lr=5e-3, kl_coef=100.0)["kl"] for _ in range(6)]
-    assert kl[-1] < 0.7 * kl[0]
-
-
 def test_a_non_finite_gradient_is_skipped_and_counted(policy):
     groups, before = rewarded_groups(policy), copies(adapter(policy))
     optimizer = torch.optim.AdamW(adapter(policy))
@@ -370,33 +335,6 @@ def test_a_non_finite_gradient_is_skipped_and_counted(policy):
     assert all(equal(before, adapter(policy))) and not optimizer.state
     hook.remove()
     assert step(policy, groups, optimizer)["updates"] == 1
-
-
-def test_eos_gets_a_gradient_though_it_is_the_padding_token_too(policy):
-    assert policy.chat.tokenizer.pad_token_id == IM_END and IM_END in policy.chat.eos
-    optimizer = torch.optim.AdamW(adapter(policy), lr=5e-3)
-    probabilities = []
-    # The better one ends, and nothing else tells the two apart.
-    for _ in range(6):
-        group = group_of([10, 20, 30], ([65, IM_END], 1.0), ([65, 66], 0.0))
-        rl.score(policy, "follower", group, "old_logprobs", 1.0)
-        probabilities.append(group[0].old_logprobs[1].exp().item())
-        step(policy, [group], optimizer)
-    assert probabilities[-1] > 1.5 * probabilities[0]
-
-
-def test_reward_rises_when_it_is_the_share_of_letters(policy):
-    optimizer, rewards = torch.optim.AdamW(adapter(policy), lr=2e-2), []
-    policy.chat.eos.clear()
-    torch.manual_seed(0)
-    for _ in range(12):
-        with policy.using("follower"):
-            (group,) = policy.sample([ask("Say it.")], 16, 8)
-        for s in group:
-            s.reward = sum(token < 100 for token in s.tokens) / len(s.tokens)
-        rewards.append(sum(s.reward for s in group) / len(group))
-        step(policy, [group], optimizer, kl_coef=0.0)
-    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.2
 
 
 # ------------------------------------------------------------ models
@@ -421,7 +359,6 @@ def set_weights(folder: Path, **changes) -> None:
 @pytest.mark.parametrize(
     "damage, bits, message",
     [
-        (shutil.rmtree, 16, NOT_CAUSAL),
         (lambda folder: (folder / WEIGHTS).rename(folder / "model.bin"), 16, "safetensors"),
         (lambda folder: (folder / WEIGHTS).write_bytes(bytes(9)), 16, NOT_CAUSAL),
         (lambda folder: set_config(folder, model_type="vit"), 16, NOT_CAUSAL),
@@ -441,59 +378,47 @@ def test_a_damaged_model_is_refused_in_one_line(folders, tmp_path, damage, bits,
         rl.load(str(folder), bits)
 
 
-def test_an_unsupported_model_is_refused_in_one_line(tmp_path):
-    mamba = make_model(tmp_path / "mamba", "mamba", state_size=16, time_step_rank=16)
-    with pytest.raises(InputError, match=r"does not compute here \(AttributeError"):
-        rl.load(mamba, 16)
+def test_an_unsupported_model_is_refused_in_one_line(folders, monkeypatch):
     with pytest.raises(InputError, match=r"LoRA can adapt \(14 smaller than --lora-rank 500"):
-        rl.load(make_model(tmp_path / "llama"), 16, rank=500)
+        rl.load(folders("llama"), 16, rank=500)
     with pytest.raises(InputError, match="no list of layers"):
         load_model.decoder_layers(types.SimpleNamespace(get_decoder=lambda: torch.nn.Linear(2, 2)))
     with pytest.raises(InputError, match="^--model no/such-model: .*$"):
         rl.load("no/such-model")
+    # One that fails with an adapter only. The adapter that tests it is removed.
+    assert not next(iter(rl.load(folders("llama"), 16).lora.values())).A
+    forward = rl.LoRALinear.forward
+    wrong = lambda layer, x: forward(layer, x[..., :-1] if layer.active_adapter else x)
+    monkeypatch.setattr(rl.LoRALinear, "forward", wrong)
+    with pytest.raises(InputError, match=r"does not compute here \(RuntimeError"):
+        rl.load(folders("llama"), 16)
 
 
+QKVO, MOE = "q_proj k_proj v_proj o_proj", {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# fmt: off
 # Config, its sizes; leaf names of layers with LoRA; the reasons printed for those without.
-QKVO = "q_proj k_proj v_proj o_proj"
-MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 PLACES = [
     # Experts directly in the decoder layer, beside a dense MLP of the same names.
-    (
-        "Gemma4TextConfig",
-        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, **MOE},
-        f"{QKVO} per_layer_input_gate per_layer_projection proj",
-        "experts;",
-    ),
+    ("Gemma4TextConfig", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, **MOE},
+     f"{QKVO} per_layer_input_gate per_layer_projection proj", "experts;"),
     # Experts in the place that holds attention or a Mamba block in other layers.
-    (
-        "NemotronHConfig",
-        {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "n_routed_experts": 4, **MOE},
-        f"{QKVO} in_proj",
-        "experts, 1 out_proj of a Mamba model",
-    ),
+    ("NemotronHConfig",
+     {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "n_routed_experts": 4, **MOE},
+     f"{QKVO} in_proj", "experts, 1 out_proj of a Mamba model"),
     # Gates with three dimensions are no experts.
-    (
-        "RecurrentGemmaConfig",
-        {"num_hidden_layers": 3, "lru_width": 64},
-        f"{QKVO} gate_proj up_proj down_proj linear_x linear_y linear_out",
-        "",
-    ),
-    ("Mamba2Config", {"num_heads": 8, "n_groups": 1}, "in_proj", "2 out_proj of a Mamba model;"),
+    ("RecurrentGemmaConfig", {"num_hidden_layers": 3, "lru_width": 64},
+     f"{QKVO} gate_proj up_proj down_proj linear_x linear_y linear_out", ""),
     # A subclass of Linear that computes block by block.
-    (
-        "DeepseekV4Config",
-        {"n_routed_experts": 4, "o_groups": 2, "q_lora_rank": 16, "o_lora_rank": 16, **MOE},
-        "q_a_proj q_b_proj kv_proj o_b_proj",
-        "2 DeepseekV4GroupedLinear with a forward of its own;",
-    ),
+    ("DeepseekV4Config",
+     {"n_routed_experts": 4, "o_groups": 2, "q_lora_rank": 16, "o_lora_rank": 16, **MOE},
+     "q_a_proj q_b_proj kv_proj o_b_proj", "2 DeepseekV4GroupedLinear with a forward of its own;"),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("name, sizes, leaves, printed", PLACES, ids=[row[0] for row in PLACES])
 def test_lora_goes_on_what_computes_as_a_linear_layer(name, sizes, leaves, printed, capsys):
-    sizes = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2, "vocab_size": 264, **sizes}
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128} | sizes
-    config = getattr(transformers, name)(**sizes)
+    config = getattr(transformers, name)(**SIZES | sizes)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     found = load_model.lora_targets(model, rank=4)
@@ -501,31 +426,13 @@ def test_lora_goes_on_what_computes_as_a_linear_layer(name, sizes, leaves, print
     assert printed in (out := capsys.readouterr().out) and bool(out) == bool(printed)
 
 
-def test_a_model_that_fails_with_an_adapter_only_is_refused_at_load(folders, monkeypatch):
-    forward = rl.LoRALinear.forward
-    wrong = lambda layer, x: forward(layer, x[..., :-1] if layer.active_adapter else x)
-    monkeypatch.setattr(rl.LoRALinear, "forward", wrong)
-    with pytest.raises(InputError, match=r"does not compute here \(RuntimeError"):
-        rl.load(folders("llama"), 16)
-    monkeypatch.undo()
-    assert not next(iter(rl.load(folders("llama"), 16).lora.values())).A
-
-
-ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
-
-
-@pytest.mark.parametrize(
-    "family, text, vision",
-    [
-        ("Mistral3", {"model_type": "mistral"}, {"model_type": "pixtral", "num_hidden_layers": 1}),
-        ("Qwen2_5_VL", {"rope_parameters": ROPE}, {"depth": 1, "out_hidden_size": 64}),
-    ],
-)
-def test_a_vision_language_checkpoint_trains_its_decoder(tmp_path, family, text, vision):
-    vision |= {"hidden_size": 32, "intermediate_size": 32, "patch_size": 14}
-    sizes = {"text_config": SIZES | text, "vision_config": vision}
-    config = getattr(transformers, f"{family}Config")(**sizes)
-    getattr(transformers, f"{family}ForConditionalGeneration")(config).save_pretrained(tmp_path)
+def test_a_vision_language_checkpoint_trains_its_decoder(tmp_path):
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=SIZES | {"rope_parameters": rope}, vision_config=vision | {"patch_size": 14}
+    )
+    transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     policy = load_cpu(str(tmp_path))
     assert isinstance(policy.engine, packed.PackedEngine)

@@ -1,6 +1,5 @@
 """What each verifier accepts and rejects."""
 
-import math
 import time
 from timeit import timeit
 
@@ -28,14 +27,12 @@ CHECKS = [
     ("number_words", [3, "less than"], "two words", "not-two words"),
     ("number_words", [1, "more than"], "two words", "one"),
     ("number_sentences", [2, "exactly"], "Dr. Lee came. He sat.", "Hello."),
-    ("number_paragraphs", [2], "one\n***\ntwo", "one\n\ntwo"),
-    ("number_paragraphs", [2], "*** a *** b ***", "a *** *** b"),
+    ("number_paragraphs", [2], "*** one\n***\ntwo ***", "one\n\ntwo"),
     ("number_paragraphs", [3, "at most"], "a *** b", "a *** *** b"),
     ("number_paragraphs", [2, "exactly", "\n\n"], "a\n\n\nb\nc", "a\nb"),
     ("nth_paragraph_first_word", [2, "but"], "No.\n\n'But, yes", "But\n\nNo"),
     ("nth_paragraph_first_word", [2, "so", 2, "***"], "a *** so b", "so"),
-    ("number_bullet_lists", [2], "* tea\n- milk\n**bold** start", "* tea\n**milk**"),
-    ("number_bullet_lists", [2], "* a\n- b", "* a\n* b\n* c"),
+    ("number_bullet_lists", [2], "* tea\n- milk\n**bold** start", "* a\n* b\n* c"),
     ("number_placeholders", [2], "[a] [b]", "[a]"),
     ("number_highlighted_sections", [2], "*a* and *b*", "*a* ** **"),
     ("highlighted_words", [["sea"], True], "The **open sea**.", "The *sea*, **a"),
@@ -44,16 +41,13 @@ CHECKS = [
     ("multiple_sections", ["PART", 2], "PART 1 a PART 2 b", "PART 1"),
     ("title", [], "<<Rain>>\nIt fell.", "<< >>"),
     ("postscript", ["P.S."], "Bye.\nP. S. Call.", "PS call"),
-    ("postscript", ["P.P.S"], "Bye.\nP.P.S. Call me.", "Bye.\nP.S. Call me."),
-    ("json_format", [], '```json\n{"a": [1]}\n```', "{a: 1}"),
-    ("json_format", [], '{"a": 1}', 'Here it is: {"a": 1}'),
+    ("json_format", [], '```json\n{"a": [1]}\n```', 'It is: {"a": 1}'),
     ("constrained_response", [["Red.", "Blue."]], "Blue.", "Green."),
     ("constrained_response", [["yes", "no"]], "It is no.", "It is not cheese."),
     ("constrained_response", [], "My answer is maybe.", "Perhaps."),
     ("two_responses", [], "a\n******\nb", "a ****** a"),
     ("two_responses", [], "******\none******two******", "one ****** two ****** three"),
     ("repeat_prompt", ["Say hi."], "Say hi. Hello!", "Hello!"),
-    ("capital_word_frequency", [2, "at least"], "GO now, I say.", "Go NOW"),
     ("capital_word_frequency", [2, "less than"], "GO on", "DON'T go, I say"),
     ("capital_word_frequency", [2, "exactly"], "I'm with IBM", "I'm HERE, at IBM"),
     ("capital_word_frequency", [2, "exactly"], "CANNOT", "CAN'T DO"),
@@ -61,12 +55,9 @@ CHECKS = [
     ("english_lowercase", [], "the sun is a star and it shines.", "The sun is a star."),
     ("response_language", ["de"], "Der Hund schläft heute im warmen Garten.", "The dog sleeps."),
     ("response_language", ["zh-cn"], "學習一門新的語言需要時間和耐心。", "We walk in the park."),
-    ("response_language", ["zh"], "今天天气很好，我们去公园散步吧。", "We walk in the park."),
     ("no_comma", [], "No; none.", "Well, yes."),
     ("frequency", [["ha", "ho"], 2, "exactly"], "Ha, ha. Hoho", "ha ha ha ho ho"),
-    ("frequency", ["a1", 1, "exactly"], "a1 b1", "a1 a1"),
     ("existence", [["sun", "sea"]], "The Sun over the seaside.", "The sun."),
-    ("forbidden_words", [["can", "may"]], "A candle.", "Yes you CAN."),
     ("forbidden_words", [["can", "c++"]], "A candle.", "We like C++."),
     ("forbidden_words", [["!", "?"]], "Fine.", "Great! Really."),
     ("letter_frequency", ["z", 2, "less than"], "Zoo", "zigzag"),
@@ -75,9 +66,7 @@ CHECKS = [
     ("start_checker", ["News:"], "News:today", "The news: none"),
     ("quotation", [], ' "Hi." ', '"Hi.'),
     # Combining marks belong to words: Hindi, vowelled Arabic, Thai, a decomposed accent.
-    ("existence", [["हिन्दी"]], "यह हिन्दी है।", "यह हिंद है।"),
     ("forbidden_words", [["कि"]], "यह किताब है।", "मैंने कहा कि हाँ।"),
-    ("forbidden_words", [["كِتَاب"]], "كِتَابٌ", "هذا كِتَاب جديد"),
     ("forbidden_words", [["cafe"]], "a cafe\u0301", "a cafe"),
     ("start_checker", ["कि"], "कि वह", "किताब"),
     ("highlighted_words", [["क"], False], "*क वह*", "*कि वह*"),
@@ -102,12 +91,8 @@ INVALID = [
     (WORDS, {"relation": "at least"}, "num_words: missing"),
     (WORDS, {"num_words": None, "relation": "at least"}, "num_words: missing"),
     (WORDS, {"num_words": 3, "relation": "about"}, "relation: 'about' is not a relation"),
-    (WORDS, {"num_words": 3, "relation": ["at least"]}, "relation: ['at least'] is not"),
-    (WORDS, {"num_words": "3", "relation": "at least"}, "num_words: '3' is not a number"),
     (WORDS, {"num_words": True, "relation": "at least"}, "num_words: True is not"),
     (WORDS, {"num_words": -1, "relation": "at least"}, "num_words: -1 is not"),
-    (EXISTENCE, {"keywords": "sun"}, "keywords: 'sun' is not a list of texts"),
-    (EXISTENCE, {"keywords": [1]}, "keywords: [1] is not"),
     (IDS["letter_frequency"], {"letter": "ab"}, "letter: 'ab' is not one letter"),
     (IDS["highlighted_words"], {"phrases": ["a"], "bold": "yes"}, "bold: 'yes' is not true or f"),
 ]
@@ -173,22 +158,10 @@ def test_loose_removes_asterisks_and_the_first_or_last_line():
     assert check_loose(*lowercase, "Sure! Here:\nthe sun is a star and it shines.") is True
     assert check_loose(*end, "Text.\nGood night") is False
     # It is undecidable only if the strict verdict is.
-    verdicts = {"one\ntwo": False, "two": None, "one": False}
-    verify = lambda id, kwargs, text: verdicts[text]
-    assert check_loose("", {}, "one\ntwo", verify) is False
-    verdicts["one\ntwo"] = None
-    assert check_loose("", {}, "one\ntwo", verify) is None
-    verdicts["one"] = True
-    assert check_loose("", {}, "one\ntwo", verify) is True
-
-
-def test_count_intervals():
-    words = [constraint("number_words", 9, "at least"), constraint("number_words", 20, "less than")]
-    keywords = constraint("frequency", ["Red", "blue"], 2, "exactly")
-    red, blue = (IDS["frequency"], "red"), (IDS["frequency"], "blue")
-    both = {(WORDS, None): (9, 19), red: (2, 2), blue: (2, 2)}
-    assert verifiers.count_intervals([*words, keywords]) == both
-    assert verifiers.count_intervals(words[:1]) == {(WORDS, None): (9, math.inf)}
+    for strict, first, loose in ((False, False, False), (None, False, None), (None, True, True)):
+        verdicts = {"one\ntwo": strict, "two": None, "one": first}
+        verify = lambda id, kwargs, text, verdicts=verdicts: verdicts[text]
+        assert check_loose("", {}, "one\ntwo", verify) is loose
 
 
 ODD = ["²", "٣", "9" * 400, "\ud800", "''", '""', "(?P<", "[", "\\", "***", "\0", "P.S.", "\u0301"]

@@ -1,24 +1,21 @@
-"""A whole run on a tiny random model; `python tests/tiny.py FLAGS` is one as a process.
+"""A whole run on a tiny random model.
 
 A random model never writes JSON: its proposals are read as three constraints that its text picks
 at random. All else, sampling, judging, rewards, updates, files, is the real thing.
 """
 
-import json
 import os
 import random
 import sys
 from pathlib import Path
 
-# The process form imports the project that this file lies in.
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import torch
+from safetensors.torch import load_file
 
-import judge  # noqa: E402
-import prompts  # noqa: E402
-import seif  # noqa: E402
-from extras import data, run  # noqa: E402
+import judge
+import prompts
+import seif
+from extras import data, run
 
 # For conftest.make_model: small enough for seconds; several EOS ids, so that random answers do end.
 MODEL = dict(
@@ -38,23 +35,22 @@ POOL = [
     "Your answer must use the letter 'e' at most 1 time.",
     "Your answer must be wrapped in double quotation marks.",
 ]
+# fmt: off
 HELDOUT = [
-    {
-        "key": 1,
-        "seed_question": "Say hi.",
-        "prompt": "Say hi.\nUse no commas.",
-        "instruction_id_list": ["punctuation:no_comma"],
-        "kwargs": [{}],
-    },
-    {
-        "key": 2,
-        "seed_question": "Say ho.",
-        "prompt": "Say ho.\nAnswer with at least 2 words in JSON.",
-        "instruction_id_list": ["length_constraints:number_words", "detectable_format:json_format"],
-        "kwargs": [{"num_words": 2, "relation": "at least"}, {}],
-    },
+    {"key": 1, "seed_question": "Say hi.", "prompt": "Say hi.\nUse no commas.",
+     "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    {"key": 2, "seed_question": "Say ho.", "prompt": "Say ho.\nUse at least 2 words in JSON.",
+     "instruction_id_list": ["length_constraints:number_words", "detectable_format:json_format"],
+     "kwargs": [{"num_words": 2, "relation": "at least"}, {}]},
 ]
-
+# fmt: on
+# Two turns in seconds.
+FLAGS = """
+    --bits 16 --turns 2 --prompts-per-step 2 --group-size 4 --instructor-steps 2,1
+    --follower-steps 2 --hard-fraction 1.0 --filter rules --min-words 0
+    --temperature 1.0 --kl-coef 0.01 --max-new-tokens 12 --max-proposal-tokens 8
+    --max-prompt-tokens 2000 --lr 1e-2 --num-minibatches 2 --no-think
+"""
 ONE_STEP = {"turns": 1, "instructor_steps": "1", "follower_steps": "1"}
 
 
@@ -74,35 +70,21 @@ def simplify(patch) -> None:
 def write_inputs(folder: Path) -> None:
     """Seeds and held-out rows; the model is conftest.make_model's."""
     (folder / "seeds.txt").write_text("Say hi.\nName a fruit.\n\nCount to three.\nSing.\n")
-    (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HELDOUT))
+    (folder / "heldout.jsonl").write_text(data.to_jsonl(HELDOUT))
 
 
 def flags(folder: Path, out: str, **more) -> list[str]:
-    """The command line of a run of two turns in seconds."""
-    settings = dict(
-        out=folder / out,
-        model=folder / "model",
-        bits=16,
-        seed_questions=folder / "seeds.txt",
-        heldout=folder / "heldout.jsonl",
-        turns=2,
-        prompts_per_step=2,
-        group_size=4,
-        instructor_steps="2,1",
-        follower_steps="2",
-        hard_fraction=1.0,
-        filter="rules",
-        min_words=0,
-        temperature=1.0,
-        kl_coef=0.01,
-        max_new_tokens=12,
-        max_proposal_tokens=8,
-        max_prompt_tokens=2000,
-        lr=1e-2,
-        num_minibatches=2,
-    )
-    words = [w for k, v in (settings | more).items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    return [*words, "--no-think"]
+    """The command line of a run in a folder with a model and write_inputs()."""
+    settings = {
+        "out": folder / out,
+        "model": folder / "model",
+        "seed_questions": folder / "seeds.txt",
+        "heldout": folder / "heldout.jsonl",
+    }
+    words = FLAGS.split()
+    for name, value in (settings | more).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
 def config(folder: Path, out: str, **more) -> seif.Config:
@@ -140,15 +122,10 @@ def adapters(folder: Path) -> dict:
     return {f"{f.relative_to(folder)}/{name}": t for f in files for name, t in load_file(f).items()}
 
 
-def main(argv: list[str], stderr: str = "") -> None:
-    """A process's whole life. stderr: a file for what it says there."""
-    if stderr:
-        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+def main(argv: list[str], stderr: str) -> None:
+    """A run as a process's whole life. stderr: a file for what it says there."""
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     simplify(setattr)
     # Kills fall into stages that are saved by half, too.
     run.SAVE_SECONDS = 0.1
     sys.exit(seif.main(argv))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
