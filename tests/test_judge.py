@@ -98,7 +98,9 @@ LENGTHS = [
     ("Answer with at most 2 sentences.", "Yes.", 1),
     ("Answer with at least 2 sentences.", "Yes. No.", 2 / 20),
     # Two characters count as a word in scripts that do not separate words.
-    ("Use no commas.", "ガラスは透明です。 Clear?", 5 / 20), ("Use no commas.", "玻璃很透明" * 9, 1),
+    ("Use no commas.", "ガラスは透明です。 Clear?", 5 / 20),
+    ("Use no commas.", "玻璃没有晶界。光线很少被散射。所以大部分光可以直接穿过。"
+     "因此它看起来是透明的。冰也是这样。", 1),
     ("Answer with one of the following options: ('yes', 'no')", "yes", 1),
 ]
 # The last but one has each trigram twice, the last no trigram of words.

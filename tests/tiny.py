@@ -103,7 +103,7 @@ def run_fails(capsys, argv: list) -> str:
 
 def rows_of(path: Path, stage: str = "") -> list[dict]:
     """The rows of a file of JSON lines, or a log's rows of one stage."""
-    return [row for _, row in data.read_jsonl(path) if stage in ("", row["stage"])]
+    return [row for _, row in data.read_jsonl(path) if stage in ("", row.get("stage"))]
 
 
 def saved_adapters(folder: Path) -> dict[str, dict]:
