@@ -33,7 +33,7 @@ from prompts import FOLDER, Question, assistant, extract_answer, follower_messag
 
 # Answers per move of the progress bar, free answers behind a quantile of the PMI, held-out rows
 # with log p and PMI per turn, bootstrap draws, words of a short answer.
-CHUNK, MAX_FREE_ANSWERS, MAX_SCORED, DRAWS, SHORT = 128, 64, 120, 10_000, 10
+CHUNK, MAX_FREE_ANSWERS, MAX_SCORED, DRAWS, SHORT = 256, 64, 120, 10_000, 10
 # A turn may lose this share of the base model's log p, and so much relevance, to be the best.
 MAX_LOGP_LOSS, MAX_RELEVANCE_LOSS = 0.15, 0.03
 LOWER_BOUNDS = ("at least", "more than", "between")

@@ -139,14 +139,11 @@ class Log:
         """Row of the judge's calibration. Prints what follows from it."""
         for name, result in (("Judger", judge.judger), ("Filter", judge.filter)):
             auc = f"AUC {result.auc:.2f} ({result.low:.2f} to {result.high:.2f})"
-            if math.isnan(result.auc):
-                auc = "too few cases for an AUC"
+            auc = "too few cases for an AUC" if math.isnan(result.auc) else auc
             verdict = "reliable" if result.reliable else "not reliable"
             self.bar.write(f"{name}: {auc} on {result.cases} cases with known truth; {verdict}")
         if not judge.trusts_model:
-            self.bar.write(
-                "the model does not judge, only verifiers; --judge trusted uses it all the same"
-            )
+            self.bar.write("the model does not judge; --judge trusted uses it all the same")
         if judge.filter_mode != self.cfg.filter:
             self.bar.write(f"the filter is {judge.filter_mode}")
         return {"judger": vars(judge.judger), "filter": vars(judge.filter)}
@@ -333,11 +330,8 @@ def write_samples(path, rows: list[dict]) -> None:
     for (turn, stage), samples in groups.items():
         lines += ["", f"## Turn {turn}, {stage}"] if samples else []
         for sample in samples[-MAX_SAMPLES:]:
-            lines += [
-                "",
-                f"**{sample['seed_question']}** (reward {number(sample['reward'], '.2f')})",
-                "",
-            ]
+            reward = number(sample["reward"], ".2f")
+            lines += ["", f"**{sample['seed_question']}** (reward {reward})", ""]
             for constraint, value, source in sample["constraints"]:
                 mark = {None: "?", 0.0: "-", 1.0: "+"}[value]
                 lines.append(f"- `{mark}` {constraint} ({source})")
