@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import tiny
-from tiny import ONE_STEP, rows_of, run_fails
+from tiny import ONE_STEP, rows_of, run_command
 
 import extras.run
 import judge
@@ -147,13 +147,13 @@ def test_a_run_judged_by_a_server_outlives_it(setup, server, tmp_path, monkeypat
     monkeypatch.setattr(judge, "parse_proposal", lambda text, count: (soft[:count], ""))
     more = {**ONE_STEP, "hard_fraction": 0, "filter": "llm", "judge_model": "big"}
     server.reply = lambda body: HANG_UP if "check: Write" in content(body) else verdict(body)
-    text = run_fails(capsys, setup("run", **more, judge_url=server.url))
+    text = run_command(capsys, setup("run", **more, judge_url=server.url))
     assert text.endswith("; start the server; the same command resumes the run")
     [row] = rows_of(tmp_path / "run/log.jsonl")
     assert row["judger"]["cases"] >= 20 <= row["filter"]["cases"]
     server.reply = verdict
     other = setup("run", **more | {"judge_model": "small"}, judge_url=server.url)
-    assert "started with --judge-model 'big', not 'small'" in run_fails(capsys, other)
+    assert "started with --judge-model 'big', not 'small'" in run_command(capsys, other)
     moved = server.url.replace("127.0.0.1", "localhost")
     assert seif.main(setup("run", **more, judge_url=moved)) == 0
     assert "(judger)" in (tmp_path / "run/samples.md").read_text()

@@ -25,7 +25,7 @@ def test_the_code_cells_of_the_notebook_train_and_show_the_run(setup, tmp_path, 
     # The folder takes the place of a clone.
     (tmp_path / "seif.py").touch()
     monkeypatch.chdir(tmp_path)
-    display = types.SimpleNamespace(Image=Mock(side_effect=lambda path: Path(path).read_bytes()))
+    display = types.SimpleNamespace(Image=Mock())
     # matplotlib asks for the version.
     package = types.SimpleNamespace(display=display, version_info=(9, 0))
     monkeypatch.setitem(sys.modules, "IPython", package)
@@ -45,3 +45,4 @@ def test_the_code_cells_of_the_notebook_train_and_show_the_run(setup, tmp_path, 
     assert commands[0] == "pip install -q -r requirements.txt matplotlib".split()
     assert [line.split()[0] for line in printed[-1].splitlines()] == ["turn", "base", "1"]
     display.Image.assert_called_once_with("runs/notebook/plot.png")
+    assert Path("runs/notebook/plot.png").read_bytes().startswith(b"\x89PNG")

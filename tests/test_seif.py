@@ -13,7 +13,7 @@ import tiny
 import torch
 from conftest import randomise
 from safetensors.torch import load_file
-from tiny import ONE_STEP, assert_equal, rows_of, run_fails, saved_adapters
+from tiny import ONE_STEP, assert_equal, rows_of, run_command, saved_adapters
 
 import extras.run
 import judge
@@ -46,17 +46,22 @@ def test_a_run_of_two_turns_leaves_log_adapters_questions_and_samples(finished):
     assert re.findall(r"^ *(\w+)", log.turn_table(rows), re.M) == ["turn", "base", "1", "2"]
 
 
-def test_train_from_python_resumes_after_ctrl_c(setup, tmp_path, monkeypatch, capsys):
-    cfg = dataclasses.replace(tiny.config(tmp_path, "run", **ONE_STEP), kl_coef=0.0)
+def test_train_from_python_resumes_after_ctrl_c_and_logs(setup, tmp_path, monkeypatch, capsys):
+    """A notebook keeps the traceback, and so the objects of the interrupted run."""
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Mock())
+    cfg = tiny.config(tmp_path, "run", **ONE_STEP, kl_coef=0, logger="wandb")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as interrupt:
         patch.setattr(Run, "finish_step", Mock(side_effect=KeyboardInterrupt))
         seif.train(cfg)
-    # A notebook keeps the traceback, and so the objects of the interrupted run.
     assert interrupt and seif.train(cfg) is None
     text = capsys.readouterr().out
     assert "turn 1: 1 Instructor steps, q_T, 1 Follower steps" in text and "\ndone: " in text
     rows = rows_of(tmp_path / "run/log.jsonl")
     assert any(row.get("updates") for row in rows) and not any("kl" in row for row in rows)
+    assert wandb.init.call_args.kwargs["config"]["lr"] == 0.01
+    calls = wandb.init.return_value.log.call_args_list
+    assert [call.kwargs["step"] for call in calls] == [1, 2, 3, 4]
+    assert calls[2].args[0]["follower/reward"] == rows[2]["reward"]
 
 
 def interleave(run: Run, steps: int = 6) -> None:
@@ -199,13 +204,6 @@ def test_the_follower_starts_from_a_given_adapter(setup, tmp_path):
     assert seif.main(setup("run", **{**more, "turns": 2})) == 0
 
 
-def test_seed_questions_that_are_too_long_are_skipped_and_counted(setup, tmp_path, capsys):
-    (tmp_path / "seeds.txt").write_text("Say hi.\n" + "word " * 3000 + "\nSing.\n")
-    run = seif.open_run(tiny.config(tmp_path, "run"))
-    assert run.seed_questions == ["Say hi.", "Sing."]
-    assert "3 seed questions, 1 too long and skipped" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("kl_reference, expected", [("base", None), ("turn", "ref_follower")])
 def test_the_kl_reference_of_the_follower(setup, tmp_path, monkeypatch, kl_reference, expected):
     """And five steps in a row without a finite gradient end the run."""
@@ -220,10 +218,12 @@ def test_the_kl_reference_of_the_follower(setup, tmp_path, monkeypatch, kl_refer
     assert references == ["ref_instructor", expected] * 2 + [expected]
 
 
-def test_without_a_number_of_steps_a_stage_takes_epochs(setup, tmp_path):
+def test_without_a_number_of_steps_a_stage_takes_epochs(setup, tmp_path, capsys):
     """SEIF's front-loading: three epochs for the Follower in turn 1, one afterwards."""
+    data.append_text(tmp_path / "seeds.txt", "word " * 3000)
     epochs = {"instructor_steps": "", "follower_steps": "", "prompts_per_step": 3}
     with seif.open_run(tiny.config(tmp_path, "run", **epochs)) as run:
+        assert "5 seed questions, 1 too long and skipped" in capsys.readouterr().out
         assert [run.num_steps("instructor", turn) for turn in (1, 2)] == [2, 2]
         # q_T has a question per seed question at the most, here 4 of 7.
         assert [run.num_steps("follower", turn) for turn in (1, 2)] == [4, 2]
@@ -267,32 +267,33 @@ def test_unknown_flags_and_commands_are_refused(words, capsys):
     assert last.startswith("seif.py: error: ") and words.split()[0] in last
 
 
-# fmt: off
 SETTINGS = [
-    ("--bits 8", "--bits 8: must be one of 4, 16"), ("--judge both", "one of hybrid, trusted"),
-    ("--group-size 1", "--group-size 1: must be between 2"), ("--turns 0", "must be between 1"),
-    ("--temperature -1", "--temperature -1.0"), ("--lr nan", "--lr nan: must be between 0"),
+    ("--bits 8", "--bits 8: must be one of 4, 16"),
+    ("--penalties brevity", "must be one of length,repetition, length, repetition, ''"),
+    ("--group-size 1", "--group-size 1: must be between 2"),
+    ("--lr nan", "--lr nan: must be between 0"),
     ("--hard-fraction 1.5", "between 0 and 1"),
     ("--follower-steps 3,x", "--follower-steps 3,x: must be whole numbers, such as 4,2"),
     ("--judge trusted", "no model is used; add --hard-fraction 0.5"),
-    ("--judge-model big", "--judge-url and --judge-model: give both"),
     ("--judge-url http://a --judge-model b", "no model is used; add --hard-fraction"),
+    ("--judge-model big", "--judge-url and --judge-model: give both"),
     ("--judge-url a.b/v1 --judge-model c --filter llm", "--judge-url: must be like http://local"),
-    ("--penalties brevity", "--penalties brevity: must be one of "),
-    ("--seed-questions no/file", "no/file: cannot be read"), ("--heldout no/file", "no/file: "),
+    ("--seed-questions no/file", "no/file: cannot be read"),
     ("--max-prompt-tokens 12", "all seed questions are over 9 tokens; raise --max-prompt-tokens"),
     ("--max-prompt-tokens 4090", "the Follower may need 4102 tokens, the model's context has 4096"),
-    ("--max-proposal-tokens 4000", "the Instructor may need"), ("--lora-rank 99", "--lora-rank 99"),
-    ("--max-new-tokens 1500 --filter llm", "the Judger may need"), ("--model no/model", "no/model"),
-    ("--init-follower no/folder", "no/folder: not a LoRA adapter"), ("--logger wandb", "pip "),
+    ("--max-proposal-tokens 4000", "the Instructor may need"),
+    ("--max-new-tokens 1500 --filter llm", "the Judger may need"),
+    ("--lora-rank 99", "--lora-rank 99"),
+    ("--model no/model", "no/model"),
+    ("--init-follower no/folder", "no/folder: not a LoRA adapter"),
+    ("--logger trackio", "pip install trackio"),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize("words, message", SETTINGS)
 def test_a_bad_setting_is_one_clear_line_and_can_be_corrected(setup, monkeypatch, words, message):
     """In the same folder, and in the same notebook, which keeps the error's traceback."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(data.InputError, match=f"^[^\n]*{re.escape(message)}[^\n]*$") as error:
         seif.train(seif.read_config(setup("run") + words.split()))
     assert error and seif.open_run(seif.read_config(setup("run")))
@@ -302,34 +303,17 @@ def test_a_run_folder_of_other_settings_is_refused_and_kept(finished, tmp_path, 
     shutil.copytree(finished, tmp_path / "run")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     argv = [*tiny.flags(finished.parent, "run"), "--out", tmp_path / "run", "--follower-steps", ""]
-    text = run_fails(capsys, [*argv, "--lr", "0.02"])
+    text = run_command(capsys, [*argv, "--lr", "0.02"])
     assert "this run was started with --follower-steps '2', not '', --lr 0.01, not 0.02;" in text
     assert before == {p: p.read_bytes() for p in before}
 
 
 def test_a_command_without_a_run_lists_the_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert "eval needs a run folder; runs: none" in run_fails(capsys, ["eval"])
+    assert "eval needs a run folder; runs: none" in run_command(capsys, ["eval"])
     (tmp_path / "runs/a").mkdir(parents=True)
     (tmp_path / "runs/a/config.json").write_text("{}")
-    assert run_fails(capsys, ["chat"]).endswith("runs: runs/a")
-
-
-@pytest.mark.parametrize("name", [name for name in log.LOGGERS if name != "none"])
-def test_a_logger_that_is_not_installed_is_one_clear_error(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(data.InputError, match=f"--logger {name}: not inst.*; pip install {name}"):
-        log.external_logger(seif.Config(logger=name))
-
-
-def test_a_logger_receives_the_numbers_of_every_step(setup, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", wandb := Mock())
-    assert seif.main(setup("run", **ONE_STEP, logger="wandb")) == 0
-    assert wandb.init.call_args.kwargs["config"]["lr"] == 0.01
-    calls = wandb.init.return_value.log.call_args_list
-    assert [call.kwargs["step"] for call in calls] == [1, 2, 3, 4]
-    [row] = rows_of(tmp_path / "run/log.jsonl", "follower")
-    assert calls[2].args[0]["follower/reward"] == row["reward"]
+    assert run_command(capsys, ["chat"]).endswith("runs: runs/a")
 
 
 def step(stage: str = "follower", **fields) -> dict:
