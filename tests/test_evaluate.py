@@ -171,15 +171,6 @@ def test_the_best_turn_keeps_log_p_and_relevance():
 
 
 # ------------------------------------------------------------ a finished run
-def test_the_base_model_is_measured_once_and_on_the_same_rows(finished):
-    ends = [r for r in rows_of(finished / "log.jsonl") if r["stage"] == "evaluation"]
-    [base] = rows_of(finished / "base.json")
-    assert [end["heldout_base"] for end in ends] == [base, base] and base["logp"] < 0
-    records = rows_of(finished / "turn2" / "heldout.jsonl")
-    relevant = [r["pmi"] is not None and r["pmi"] > base["threshold"] for r in records]
-    assert ends[1]["heldout_follower"]["relevance"] == np.mean(relevant)
-
-
 def test_open_run_names_what_is_missing(finished, tmp_path, capsys):
     assert "config.json: cannot be read" in run_command(capsys, ["eval", tmp_path])
     (tmp_path / "config.json").write_text('{"a": 1, "created": "2026-01-31"}')

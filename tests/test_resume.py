@@ -66,20 +66,18 @@ def test_killed_at_random_moments_ends_as_if_never_killed(setup, finished, tmp_p
     assert_same_run(finished, tmp_path / "run")
 
 
-def test_two_runs_cannot_share_a_folder(setup, tmp_path, capsys):
+def test_a_finished_run_trains_no_more_and_more_turns_go_on(setup, finished, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     with filelock.FileLock(tmp_path / "run/lock"):
-        assert "another run is writing here" in run_command(capsys, setup("run"))
-    seif.open_run(tiny.config(tmp_path, "run"))
-
-
-def test_a_finished_run_trains_no_more_and_more_turns_go_on(setup, finished, tmp_path, capsys):
+        assert "another run is writing here" in run_command(capsys, setup("run", turns=1))
     assert seif.main(setup("run", turns=1)) == 0
     log = (tmp_path / "run/log.jsonl").read_text()
     assert seif.main(setup("run", turns=1)) == 0
     assert (tmp_path / "run/log.jsonl").read_text() == log
     assert seif.main(setup("run", turns=2)) == 0
     assert "resuming after step 6, in turn 2" in capsys.readouterr().out
+    text = run_command(capsys, setup("run", follower_steps="", lr=0.02))
+    assert "this run was started with --follower-steps '2', not '', --lr 0.01, not 0.02;" in text
     assert_same_run(finished, tmp_path / "run")
     (tmp_path / "seeds.txt").write_text("Say hi.\nName a fruit.\nCount to ten.\nSing.\n")
     assert "started with other seed questions" in run_command(capsys, setup("run", turns=3))

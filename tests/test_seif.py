@@ -1,11 +1,13 @@
-"""Whole runs on tiny models: the loop and forks of it, roles, settings, loggers, warnings."""
+"""Whole runs on tiny models: the loop, forks of it, settings, loggers, warnings, the notebook."""
 
 import dataclasses
-import inspect
+import json
 import re
 import shutil
 import sys
+import types
 from collections import Counter
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -44,6 +46,13 @@ def test_a_run_of_two_turns_leaves_log_adapters_questions_and_samples(finished):
     assert all(f"## Turn {i}, {role}\n" in text for i in (1, 2) for role in roles)
     assert re.search(r"^- `[+-]` Your answer must .* \(rule\)$", text, re.M)
     assert re.findall(r"^ *(\w+)", log.turn_table(rows), re.M) == ["turn", "base", "1", "2"]
+    # The base model is measured once.
+    [base] = rows_of(finished / "base.json")
+    first, second = rows_of(finished / "log.jsonl", "evaluation")
+    assert first["heldout_base"] == second["heldout_base"] == base and base["logp"] < 0
+    records = rows_of(finished / "turn2/heldout.jsonl")
+    relevant = [r["pmi"] is not None and r["pmi"] > base["threshold"] for r in records]
+    assert second["heldout_follower"]["relevance"] == sum(relevant) / len(relevant)
 
 
 def test_train_from_python_resumes_after_ctrl_c_and_logs(setup, tmp_path, monkeypatch, capsys):
@@ -121,10 +130,6 @@ def test_a_third_trained_role_is_one_entry_in_a_list(setup, tmp_path, monkeypatc
     trained = saved_adapters(tmp_path / "run")
     moved = {role for role, t in trained.items() if any(t[n].any() for n in t if "lora_B" in n)}
     assert moved == {"critic"} and trained.keys() >= {"critic", "ref_critic"}
-    again = seif.open_run(cfg)
-    assert_equal({role: dict(again.policy.tensors(role)) for role in trained}, trained)
-    assert again.optimizers["critic"].state_dict()["state"][1]["exp_avg"].any()
-    again.close()
     seif.train(cfg)
     [path] = tmp_path.glob("run/turn1/critic/*.safetensors")
     assert_equal(load_file(path), trained["critic"])
@@ -148,10 +153,8 @@ def test_the_snapshot_follower_filters_and_judges_soft_questions(setup, tmp_path
     assert {role for role, _ in asked} == {"ref_follower"}
     [row] = rows_of(tmp_path / "run/log.jsonl", "calibration")
     for role in ("filter", "judger"):
-        prompts = [text for _, text in asked if text.startswith(prompt_text(role))]
-        assert len(prompts) > row[role]["cases"] >= 20
-    questions = data.read_questions(tmp_path / "run/turn1/questions.jsonl")
-    assert questions and all(q.kind == "soft" and len(q.constraints) == 5 for q in questions)
+        asked_for = [text for _, text in asked if text.startswith(prompt_text(role))]
+        assert len(asked_for) > row[role]["cases"] >= 20
     assert "(judger)" in (text := (tmp_path / "run/samples.md").read_text()) and "(rule" not in text
 
 
@@ -204,18 +207,18 @@ def test_the_follower_starts_from_a_given_adapter(setup, tmp_path):
     assert seif.main(setup("run", **{**more, "turns": 2})) == 0
 
 
-@pytest.mark.parametrize("kl_reference, expected", [("base", None), ("turn", "ref_follower")])
-def test_the_kl_reference_of_the_follower(setup, tmp_path, monkeypatch, kl_reference, expected):
+def test_the_kl_reference_of_the_follower(setup, tmp_path, monkeypatch):
     """And five steps in a row without a finite gradient end the run."""
     void = {"updates": 0, "skipped": 1, "frac_reward_zero_std": 0.0}
     monkeypatch.setattr(extras.run, "grpo_step", step := Mock(return_value=void))
-    with seif.open_run(tiny.config(tmp_path, "run", kl_reference=kl_reference)) as run:
-        for role in ["instructor", "follower"] * 2:
-            run.update(role, [], 1.0)
-        with pytest.raises(data.InputError, match="5 steps without a finite gradient; .*--lr"):
-            run.update("follower", [], 1.0)
-    references = [call.args[2] for call in step.call_args_list]
-    assert references == ["ref_instructor", expected] * 2 + [expected]
+    for setting, reference in (("base", None), ("turn", "ref_follower")):
+        with seif.open_run(tiny.config(tmp_path, setting, kl_reference=setting)) as run:
+            for role in ["instructor", "follower"] * 2:
+                run.update(role, [], 1.0)
+            with pytest.raises(data.InputError, match="5 steps without a finite .*--lr"):
+                run.update("follower", [], 1.0)
+        references = [call.args[2] for call in step.call_args_list[-5:]]
+        assert references == ["ref_instructor", reference] * 2 + [reference]
 
 
 def test_without_a_number_of_steps_a_stage_takes_epochs(setup, tmp_path, capsys):
@@ -240,7 +243,7 @@ def test_presets_are_overridden_from_left_to_right(monkeypatch):
     for gpu in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         paper = read("--kl-coef 0.5 --paper")
-        assert (paper.judge, paper.filter, paper.think, paper.kl_coef) == ("llm", "llm", True, 0.5)
+        assert (paper.judge, paper.think, paper.kl_coef) == ("llm", True, 0.5)
         assert (paper.follower_steps, paper.max_new_tokens) == ("", 1024)
         assert (read("") == defaults) == gpu and (gpu or read("").model == seif.smollm2.NAME)
         assert read("--model=x") == dataclasses.replace(defaults, model="x")
@@ -249,17 +252,16 @@ def test_presets_are_overridden_from_left_to_right(monkeypatch):
         seif.validate(paper), seif.validate(quick), seif.validate(read(""))
 
 
-def test_help_names_every_setting_with_its_comment(capsys):
+def test_help_names_every_setting_and_has_the_comments(capsys):
     with pytest.raises(SystemExit, match="0"):
         seif.main(["--help"])
     text = "".join(capsys.readouterr().out.split())
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(seif.Config), re.M))
-    assert list(comments) == [field.name for field in dataclasses.fields(seif.Config)]
-    for name, comment in comments.items():
-        assert f"--{name.replace('_', '-')}" in text and "".join(comment.split()) in text
+    for field in dataclasses.fields(seif.Config):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "cut-offanswersgetreward0" in text
 
 
-@pytest.mark.parametrize("words", ["--follower-step 3", "--group-size many", "evaluate runs/seif"])
+@pytest.mark.parametrize("words", ["--follower-step 3", "evaluate runs/seif"])
 def test_unknown_flags_and_commands_are_refused(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         seif.main(words.split())
@@ -297,15 +299,6 @@ def test_a_bad_setting_is_one_clear_line_and_can_be_corrected(setup, monkeypatch
     with pytest.raises(data.InputError, match=f"^[^\n]*{re.escape(message)}[^\n]*$") as error:
         seif.train(seif.read_config(setup("run") + words.split()))
     assert error and seif.open_run(seif.read_config(setup("run")))
-
-
-def test_a_run_folder_of_other_settings_is_refused_and_kept(finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "run")
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    argv = [*tiny.flags(finished.parent, "run"), "--out", tmp_path / "run", "--follower-steps", ""]
-    text = run_command(capsys, [*argv, "--lr", "0.02"])
-    assert "this run was started with --follower-steps '2', not '', --lr 0.01, not 0.02;" in text
-    assert before == {p: p.read_bytes() for p in before}
 
 
 def test_a_command_without_a_run_lists_the_runs(tmp_path, monkeypatch, capsys):
@@ -351,3 +344,34 @@ def test_a_step_without_any_reward_has_a_row():
     samples = [rl.Sample([1], [2], "a", True, answer="a") for _ in range(3)]
     row = log.step_row(samples, {}, Counter())
     assert row["reward"] != row["reward"] and row["length"] == 1
+
+
+def test_the_code_cells_of_the_notebook_train_and_show_the_run(setup, tmp_path, monkeypatch):
+    """With commands of the shell as calls."""
+    pytest.importorskip("matplotlib")
+    notebook = json.loads((Path(seif.__file__).parent / "extras/seif.ipynb").read_text())
+    # The folder takes the place of a clone.
+    (tmp_path / "seif.py").touch()
+    monkeypatch.chdir(tmp_path)
+    # matplotlib asks for the version of IPython.
+    package = types.SimpleNamespace(display=(display := Mock()), version_info=(9, 0))
+    monkeypatch.setitem(sys.modules, "IPython", package)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    commands, printed = [], []
+
+    def shell(line: str) -> None:
+        """Flags of the tiny run come last, so they win over --quick."""
+        commands.append(words := line.split())
+        if words[:2] == ["python", "seif.py"]:
+            more = tiny.flags(tmp_path, "runs/notebook", turns=1) if "--quick" in words else []
+            assert seif.main(words[2:] + more) == 0
+
+    names = {"shell": shell, "print": printed.append}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            code = "".join(cell["source"])
+            exec(re.sub(r"^( *)!(.*)$", r"\1shell(r'''\2''')", code, flags=re.M), names)
+    assert commands[0] == "pip install -q -r requirements.txt matplotlib".split()
+    assert [line.split()[0] for line in printed[-1].splitlines()] == ["turn", "base", "1"]
+    display.Image.assert_called_once_with("runs/notebook/plot.png")
+    assert Path("runs/notebook/plot.png").read_bytes().startswith(b"\x89PNG")
