@@ -264,26 +264,24 @@ def test_a_command_that_cannot_work_ends_in_one_line(finished, capsys):
         assert text in run_command(capsys, command.format(finished).split())
 
 
-def test_chat_keeps_the_conversation(finished, monkeypatch):
+@pytest.mark.parametrize("flag, role", [("--base", None), ("--turn=2", "follower")])
+def test_chat_keeps_the_conversation(finished, monkeypatch, flag, role):
     """On a terminal that lacks characters of the answers and sends damaged ones."""
-    seen, real, out = [], rl.Policy.sample, io.TextIOWrapper(io.BytesIO(), "ascii")
+    seen, real = [], rl.Policy.sample
 
     def sample(policy, prompts, *args):
         seen.append((policy.active_adapter, [m["content"] for m in prompts[0]]))
         return real(policy, prompts, *args)
 
-    monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(rl.Policy, "sample", sample)
-    for flags, role, name in ((["--base"], None, b"base"), ([], "follower", b"Follower of turn 2")):
-        seen.clear()
-        stdin = io.TextIOWrapper(io.BytesIO(b"Caf\xff?\n<|im_end|> Again.\n"), "utf-8")
-        monkeypatch.setattr(sys, "stdin", stdin)
-        seif.main(["chat", str(finished), "--temperature", "1", "--max-new-tokens", "12", *flags])
-        out.flush()
-        assert name in out.buffer.getvalue()
-        # The first call was the smoke test.
-        assert seen[1] == (role, ["Caf\ufffd?"])
-        assert seen[2] == (role, ["Caf\ufffd?", seen[2][1][1], "<|im_end|> Again."])
+    stdin = io.BytesIO(b"Caf\xff?\n<|im_end|> Again.\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "utf-8"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert seif.main(["chat", str(finished), "--temperature=1", "--max-new-tokens=12", flag]) == 0
+    # The first call is the smoke test.
+    _, first, second = seen
+    assert first == (role, ["Caf\ufffd?"])
+    assert second == (role, ["Caf\ufffd?", second[1][1], "<|im_end|> Again."])
 
 
 def test_merge_gives_the_same_logits(finished, tmp_path, capsys):
