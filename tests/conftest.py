@@ -143,12 +143,17 @@ def randomise(policy, role: str, seed: int = 3) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
+def prepare(folder, patch) -> None:
+    """A tiny model, seed questions and held-out rows for a run (tests/tiny.py)."""
+    tiny.simplify(patch.setattr)
+    make_model(folder / "model", **tiny.MODEL)
+    tiny.write_inputs(folder)
+
+
 @pytest.fixture
 def setup(tmp_path, monkeypatch):
-    """A tiny model, seed questions, held-out rows, and the flags of a run (tests/tiny.py)."""
-    tiny.simplify(monkeypatch.setattr)
-    make_model(tmp_path / "model", **tiny.MODEL)
-    tiny.write_inputs(tmp_path)
+    """out, settings -> the flags of a run in tmp_path."""
+    prepare(tmp_path, monkeypatch)
     return lambda out, **more: tiny.flags(tmp_path, out, **more)
 
 
@@ -156,10 +161,7 @@ def setup(tmp_path, monkeypatch):
 def finished(tmp_path_factory):
     """The folder of a finished run of two turns. Read only."""
     folder = tmp_path_factory.mktemp("finished")
-    patch = pytest.MonkeyPatch()
-    tiny.simplify(patch.setattr)
-    make_model(folder / "model", **tiny.MODEL)
-    tiny.write_inputs(folder)
-    assert seif.main(tiny.flags(folder, "run")) == 0
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(folder, patch)
+        assert seif.main(tiny.flags(folder, "run")) == 0
     return folder / "run"

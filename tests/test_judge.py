@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -24,21 +23,19 @@ from prompts import NUM_CONSTRAINTS, extract_answer, few_shot_examples, parse_pr
 
 SEED = "Why is the sky blue in summer?"
 FRUIT = Question("Name a fruit.", "soft", ("Use no commas.", "Use a formal tone.", "Be kind."))
-ECHO = FRUIT.instruction
 YES, NO, NONE = Verdict(1.0, "rule"), Verdict(0.0, "rule"), Verdict(None, "judger")
 RELIABLE = Calibration(auc=0.9, low=0.8, high=1.0, threshold=0.3, cases=64)
 CHANCE = Calibration(auc=0.5, low=0.4, high=0.6, threshold=0.5, cases=64)
-MODES = [("llm", RELIABLE, RELIABLE), ("rules", RELIABLE, CHANCE), ("rules", CHANCE, RELIABLE)]
 # fmt: off
 GOOD = '{"c1": "a", "c2": "b", "c3": "c"}'
 PROPOSALS = [
-    (GOOD, "a b c"), (f"```json\n{GOOD}\n```", "a b c"), (f"{{not json}} {GOOD} ok {{}}", "a b c"),
+    (GOOD, "a b c"), (f"{{not json}} {GOOD} ok {{}}", "a b c"),
     ('{"c1": " a\\n", "c2": "b", "c3": "c"}', "a b c"), ('{"a":' * 5000, "no json"),
     # Quotes inside a value that are not escaped.
     ('{"c1": "x "sun" y", "c2": "end "bye".", "c3": "c"} more', 'x "sun" y end "bye". c'),
     ('{"c1": "a "x" b", "c2": "b", "d1": "y "z"", "c3": "c"}', "no json"),
     ('{"c1": "a", "c1": "b", "c2": "b", "c3": "c"}', "no json"), (GOOD[:-1], "no json"),
-    ('{"c1": "a", "c2": "b"}', "wrong keys"), ('{"c1": "a", "c3": "b", "c2": "c"}', "wrong keys"),
+    ('{"c1": "a", "c3": "b", "c2": "c"}', "wrong keys"),
     (GOOD.replace('"c"', "3"), "not text"), (GOOD.replace('"c"', '" "'), "not text"),
     (GOOD.replace('"c"', '"\\ud83d"'), "not text"),
 ]
@@ -69,21 +66,14 @@ ANSWERS = [
     ("<think>hm</think><answer>a</answer><answer>b</answer>", True, ""), (" ok\n", False, "ok"),
     ("a thought</think>\n\nok", False, "ok"), ("<answer>ok</answer>", False, "<answer>ok</answer>"),
 ]
-# Answer, whether it ended, its verdicts, the Follower's reward.
-REWARDS = [
-    ("fig", True, [YES, NO], 0.5), ("fig", True, [YES, NONE], 1), ("fig", True, [NONE], None),
-    ("", True, [], 0), ("fig", False, [], 0),
-]
-FRUITS = "Which is a fruit?\nA) apple\nB) car"
 # Seed question, answer, whether it only repeats lines of the instruction.
 ECHOES = [
-    ("Hi", "Hi\nUse no commas.", True), ("Hi", "Use no commas.\nhi!", True),
-    ("Hi", "Hi\nUse no commas. Ok.", True), ("Hi", "Hi\nUse no commas.\nThis is my answer.", False),
+    ("Hi", "Use no commas.\nhi!", True), ("Hi", "Hi\nUse no commas. Ok.", True),
+    ("Hi", "Hi\nUse no commas.\nThis is my answer.", False),
     # An option of the seed question may be the answer.
-    (FRUITS, "A) apple", False), (FRUITS, "A) apple\nB) car", True),
+    ("A fruit?\nA) apple\nB) car", "A) apple\nB) car", True),
     ("Which is a fruit?\n- an apple.\n- a car.", "- an apple.", False),
     ("apple\ncar\nWhich of them is a fruit?", "apple", False),
-    ("apple\ncar\nWhich of them is a fruit?", "Which of them is a fruit?", True),
     ("Translate to French:\nThe cat is black.", "The cat is black.", True),
 ]
 PROSE = "Glass has no grain that could scatter light, so most of it passes straight through panes."
@@ -91,7 +81,6 @@ PROSE = "Glass has no grain that could scatter light, so most of it passes strai
 LENGTHS = [
     ("Use no commas.", "one two three four five", 5 / 20),
     ("Use no commas.", PROSE + " Or so we hope.", 1),
-    ("Answer with at least 3 words.", "one two", 2 / 20),
     ("Answer with at most 4 words.", "one two three", 3 / 4),
     ("Answer with at most 40 words.", "one two three", 3 / 20),
     # What caps sentences or fixes the answer may be short.
@@ -163,24 +152,35 @@ def test_accept_asks_the_model_only_after_the_code(mode, reasons):
     assert last.rejected == "over --max-prompt-tokens"
 
 
-@pytest.mark.parametrize("mode, judger, filter_", MODES)
-def test_code_replaces_a_model_that_is_not_reliable(judger, filter_, mode):
-    assert make_judge(None, judger, filter_, filter="llm").filter_mode == mode
-    trusting = make_judge(None, judger, filter_, filter="llm", judge="trusted")
-    assert trusting.trusts_model and trusting.filter_mode == "llm"
+def test_code_replaces_a_model_that_is_not_reliable():
+    for judger, filter_ in ((RELIABLE, RELIABLE), (RELIABLE, CHANCE), (CHANCE, RELIABLE)):
+        mode = "llm" if judger == filter_ else "rules"
+        assert make_judge(None, judger, filter_, filter="llm").filter_mode == mode
+        trusting = make_judge(None, judger, filter_, filter="llm", judge="trusted")
+        assert trusting.trusts_model and trusting.filter_mode == "llm"
 
 
-def test_hybrid_asks_the_model_once_and_only_where_no_verifier_decides():
-    ask = Mock(return_value=[0.9, math.nan, 0.2, 0.5])
-    pairs = [(FRUIT, "apple, pear"), (hard("Use no commas."), "a"), (FRUIT, "fig")]
-    first, second, third = judge.verdicts(pairs, ask)
-    assert first == [NO, Verdict(1.0, "judger"), NONE] and second == [YES]
-    assert third == [YES, Verdict(0.0, "judger"), Verdict(1.0, "judger")]
+def test_score_asks_the_model_once_and_only_where_no_verifier_decides():
+    """Answers: empty, cut off, one with open constraints, one without."""
+    ask = Mock(side_effect=[[0.3, math.nan], [0.9, 0.9, 0.29, 0.1]])
+    samples = [sample(""), sample("fig", ended=False), sample("</think> fig, pear")]
+    samples.append(sample("a", hard("Use no commas.")))
+
+    def verdicts(*args, **settings) -> list:
+        make_judge(*args, **settings).score(samples)
+        return [s.verdicts for s in samples]
+
+    good, bad = Verdict(1.0, "judger"), Verdict(0.0, "judger")
+    assert verdicts(ask) == [[], [], [NO, good, NONE], [YES]]
+    assert samples[2].answer == "fig, pear"
     text = ask.call_args.args[0][0][-1]["content"]
-    assert ECHO in text and "\napple, pear\n" in text and "check: Use a formal tone." in text
-    # No call without an open constraint, no verdict without a model.
-    assert judge.verdicts(pairs[1:2], ask) == [[YES]] and judge.verdicts([], ask) == []
-    assert judge.verdicts(pairs[:1], None)[0][1] == Verdict(None, "none") and ask.call_count == 1
+    assert "\nfig, pear\n" in text and "check: Use a formal tone." in text
+    # As in the paper, the model decides everything.
+    assert verdicts(ask, judge="llm") == [[], [], [good, good, bad], [bad]]
+    # A model that is not reliable is not asked. Nor is any, without an open constraint.
+    assert verdicts(ask, CHANCE) == [[], [], [NO, *[Verdict(None, "none")] * 2], [YES]]
+    make_judge(ask).score(samples[3:])
+    assert judge.verdicts([], ask) == [] and ask.call_count == 2
 
 
 def test_a_question_may_bring_its_own_verifiers(monkeypatch):
@@ -197,54 +197,38 @@ def test_a_question_may_bring_its_own_verifiers(monkeypatch):
     assert judge.verdicts([(repeat, f"{SEED} Hm"), (repeat, "Hm")], None) == [[YES], [NO]]
 
 
-def test_score_judges_complete_answers_only():
-    samples = [sample(""), sample("fig", ended=False), sample("</think> fig, pear")]
-    values = lambda: [[v.value for v in s.verdicts] for s in samples]
-    ask = Mock(side_effect=[[0.3, 0.29], [0.9, 0.9, 0.1]])
-    make_judge(ask).score(samples)
-    assert values() == [[], [], [0, 1, 0]] and samples[2].answer == "fig, pear"
-    # As in the paper, the model decides everything.
-    make_judge(ask, judge="llm").score(samples)
-    assert values() == [[], [], [1, 1, 0]]
-    # A model that is not reliable is not asked.
-    make_judge(ask, CHANCE).score(samples)
-    assert values() == [[], [], [0, None, None]] and ask.call_count == 2
-
-
 @pytest.mark.parametrize("text, think, answer", ANSWERS)
 def test_extract_answer(text, think, answer):
     assert extract_answer(text, think) == answer
 
 
-@pytest.mark.parametrize("answer, ended, verdicts, reward", REWARDS)
-def test_follower_reward_is_the_share_of_satisfied_constraints(answer, ended, verdicts, reward):
-    scored = sample(answer, ended=ended, verdicts=verdicts)
-    judge.follower_rewards([scored], "")
-    assert scored.reward == reward
+def reward(answer: str, question=FRUIT, penalties="", verdicts=(YES,), ended=True) -> float | None:
+    scored = sample(answer, question, ended, verdicts=list(verdicts))
+    judge.follower_rewards([scored], penalties)
+    return scored.reward
+
+
+def test_follower_reward_is_the_share_of_satisfied_constraints():
+    """Missing verdicts do not count. Empty and cut-off answers have none at all."""
+    assert reward("fig", verdicts=[YES, NO]) == 0.5 and reward("fig", verdicts=[YES, NONE]) == 1
+    assert reward("fig", verdicts=[NONE], penalties="length") is None
+    assert reward("", verdicts=[]) == reward("fig", verdicts=[], ended=False) == 0
 
 
 @pytest.mark.parametrize("seed_question, answer, is_echo", ECHOES)
 def test_an_echo_of_the_instruction_has_no_reward(seed_question, answer, is_echo):
-    echo = sample(answer, Question(seed_question, "hard", ("Use no commas.",)), verdicts=[YES])
-    judge.follower_rewards([echo], "")
-    assert echo.reward == 1 - is_echo
+    assert reward(answer, Question(seed_question, "hard", ("Use no commas.",))) == 1 - is_echo
 
 
 @pytest.mark.parametrize("constraint, answer, factor", LENGTHS)
 def test_the_length_penalty_lowers_the_reward_of_short_answers(constraint, answer, factor):
-    for penalties in ("length", "length,repetition"):
-        short, unknown = (sample(answer, hard(constraint), verdicts=v) for v in ([YES, NO], [NONE]))
-        judge.follower_rewards([short, unknown], penalties)
-        assert short.reward == pytest.approx(factor / 2) and unknown.reward is None
+    expected = pytest.approx(factor / 2)
+    assert reward(answer, hard(constraint), "length,repetition", [YES, NO]) == expected
 
 
 @pytest.mark.parametrize("answer, repeats", LOOPS)
 def test_the_repetition_penalty_takes_the_reward_of_a_loop(answer, repeats):
-    assert verifiers.repeats_itself(answer) == repeats
-    for penalties, reward in (("repetition", 1 - repeats), ("", 1)):
-        loop = sample(answer, verdicts=[YES])
-        judge.follower_rewards([loop], penalties)
-        assert loop.reward == reward
+    assert reward(answer, penalties="repetition") == 1 - repeats and reward(answer) == 1
 
 
 def test_no_category_and_no_upper_bound_takes_more_than_its_share_of_q_t():
@@ -311,7 +295,7 @@ def test_the_judge_is_calibrated_on_balanced_cases_with_known_truth():
 def test_prompts_put_shared_text_first():
     one, two = (prompts.judge_messages(FRUIT, "fig", c)[0]["content"] for c in ("Hm.", "Be kind."))
     shared = one[: one.rindex("Hm.")]
-    assert two.startswith(shared) and "\nfig\n" in shared and ECHO in shared
+    assert two.startswith(shared) and "\nfig\n" in shared and FRUIT.instruction in shared
     examples = few_shot_examples("hard")[:3]
     first, second = (prompts.instructor_messages(q, "hard", examples) for q in ("A?", "B?"))
     assert first[:-2] == second[:-2] and "A?" in first[-2]["content"]
@@ -325,9 +309,8 @@ def test_few_shot_examples_change_between_batches_and_not_within_one():
     assert batches[:4] == [batches[0]] * 4 and batches[4:] == [batches[4]] * 4
     assert batches[0] != batches[4] and batches == draw(0) != draw(1)
     # Every example once before one comes again.
-    pool = few_shot_examples("hard")
     batches = prompts.instructor_prompts(["A?"] * 9, ["hard"] * 9, 1, random.Random(0))
-    assert len({str(m) for batch in batches for m in batch[1:-2:2]}) == len(pool) == 36
+    assert len({str(m) for batch in batches for m in batch[1:-2:2]}) == 36
 
 
 def test_few_shot_examples_are_sound_and_show_every_category_equally_often():
@@ -357,7 +340,5 @@ def test_heldout_rows_are_sound_and_disjoint_from_training():
 
 
 def test_judge_needs_no_torch():
-    names = "Question, check, parse_constraint, rule_filter"
-    code = f"import sys; sys.modules['torch'] = None; from judge import {names}"
-    command = [sys.executable, "-c", code]
-    subprocess.run(command, check=True, cwd=Path(judge.__file__).parent)
+    code = "import sys; sys.modules['torch'] = None; import judge"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=prompts.FOLDER.parent)

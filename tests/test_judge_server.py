@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import tiny
-from tiny import ONE_STEP, rows_of, run_fails
+from tiny import ONE_STEP, rows_of, run_command
 
 import extras.run
 import judge
@@ -87,7 +87,12 @@ REPLIES = [
 def test_p_yes_is_by_the_first_token_or_the_first_word(server):
     """All are asked at once, and the answers are in order."""
     together = threading.Barrier(len(REPLIES))
-    server.reply = lambda body: (together.wait(5), REPLIES[int(content(body))])[1][0]
+
+    def reply(body):
+        together.wait(5)
+        return REPLIES[int(content(body))][0]
+
+    server.reply = reply
     ps = ask(client := fast(server.url, "big"), range(len(REPLIES)))
     assert ps == pytest.approx([p for _, p in REPLIES], nan_ok=True) and client.ask([]) == []
     for path, key, body in server.seen:
@@ -106,7 +111,7 @@ def test_fields_that_do_not_work_are_left_out_from_then_on(server):
         assert ask(client, "a") + ask(client, "b") == [p, p] and len(server.seen) == requests
 
 
-TROUBLE = [(429, ""), (500, ""), (200, "<html>"), (200, "{}"), HANG_UP, STALL]
+TROUBLE = [(429, ""), (500, ""), (200, "<html>"), HANG_UP, STALL]
 
 
 @pytest.mark.parametrize("trouble", TROUBLE)
@@ -147,13 +152,11 @@ def test_a_run_judged_by_a_server_outlives_it(setup, server, tmp_path, monkeypat
     monkeypatch.setattr(judge, "parse_proposal", lambda text, count: (soft[:count], ""))
     more = {**ONE_STEP, "hard_fraction": 0, "filter": "llm", "judge_model": "big"}
     server.reply = lambda body: HANG_UP if "check: Write" in content(body) else verdict(body)
-    text = run_fails(capsys, setup("run", **more, judge_url=server.url))
+    text = run_command(capsys, setup("run", **more, judge_url=server.url))
     assert text.endswith("; start the server; the same command resumes the run")
     [row] = rows_of(tmp_path / "run/log.jsonl")
     assert row["judger"]["cases"] >= 20 <= row["filter"]["cases"]
     server.reply = verdict
-    other = setup("run", **more | {"judge_model": "small"}, judge_url=server.url)
-    assert "started with --judge-model 'big', not 'small'" in run_fails(capsys, other)
     moved = server.url.replace("127.0.0.1", "localhost")
     assert seif.main(setup("run", **more, judge_url=moved)) == 0
     assert "(judger)" in (tmp_path / "run/samples.md").read_text()

@@ -13,7 +13,7 @@ import filelock
 import pytest
 import tiny
 import torch
-from tiny import run_fails
+from tiny import run_command
 
 import seif
 from extras import data
@@ -66,25 +66,23 @@ def test_killed_at_random_moments_ends_as_if_never_killed(setup, finished, tmp_p
     assert_same_run(finished, tmp_path / "run")
 
 
-def test_two_runs_cannot_share_a_folder(setup, tmp_path, capsys):
+def test_a_finished_run_trains_no_more_and_more_turns_go_on(setup, finished, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     with filelock.FileLock(tmp_path / "run/lock"):
-        assert "another run is writing here" in run_fails(capsys, setup("run"))
-    seif.open_run(tiny.config(tmp_path, "run"))
-
-
-def test_a_finished_run_trains_no_more_and_more_turns_go_on(setup, finished, tmp_path, capsys):
+        assert "another run is writing here" in run_command(capsys, setup("run", turns=1))
     assert seif.main(setup("run", turns=1)) == 0
     log = (tmp_path / "run/log.jsonl").read_text()
     assert seif.main(setup("run", turns=1)) == 0
     assert (tmp_path / "run/log.jsonl").read_text() == log
     assert seif.main(setup("run", turns=2)) == 0
     assert "resuming after step 6, in turn 2" in capsys.readouterr().out
+    text = run_command(capsys, setup("run", follower_steps="", lr=0.02))
+    assert "this run was started with --follower-steps '2', not '', --lr 0.01, not 0.02;" in text
     assert_same_run(finished, tmp_path / "run")
     (tmp_path / "seeds.txt").write_text("Say hi.\nName a fruit.\nCount to ten.\nSing.\n")
-    assert "started with other seed questions" in run_fails(capsys, setup("run", turns=3))
+    assert "started with other seed questions" in run_command(capsys, setup("run", turns=3))
     (tmp_path / "heldout.jsonl").write_text(data.to_jsonl(tiny.HELDOUT[::-1]))
-    assert "has other rows than are held out now" in run_fails(capsys, setup("run", turns=3))
+    assert "has other rows than are held out now" in run_command(capsys, setup("run", turns=3))
 
 
 def test_a_full_disk_is_one_line_and_no_loss(setup, finished, tmp_path, monkeypatch, capsys):
@@ -99,7 +97,7 @@ def test_a_full_disk_is_one_line_and_no_loss(setup, finished, tmp_path, monkeypa
 
         with monkeypatch.context() as patch:
             patch.setattr(data, "_write", full)
-            text = run_fails(capsys, setup("run"))
+            text = run_command(capsys, setup("run"))
         assert "No space left" in text and name in text and "the same command resumes" in text
     assert seif.main(setup("run")) == 0
     assert_same_run(finished, tmp_path / "run")
@@ -128,7 +126,7 @@ def test_a_damaged_file_is_one_line_and_no_loss(setup, finished, tmp_path, monke
             # As config.json these are settings like any others, all by default.
             if (name, damage) != ("config.json", other):
                 path.write_bytes(damage)
-                assert path.name in run_fails(capsys, argv) and path.read_bytes() == damage
+                assert path.name in run_command(capsys, argv) and path.read_bytes() == damage
         path.write_bytes(whole)
     assert not Path("harm").exists()
     # Rows after the last state, as a power cut leaves them, are cut off.

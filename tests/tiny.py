@@ -92,12 +92,15 @@ def config(folder: Path, out: str, **more) -> seif.Config:
     return seif.read_config(flags(folder, out, **more))
 
 
-def run_fails(capsys, argv: list) -> str:
-    """The one line on stderr that a command ends in which cannot be done."""
+def run_command(capsys, argv: list) -> str:
+    """What a command prints, or the one line on stderr that it fails with."""
     capsys.readouterr()
     status = seif.main([str(word) for word in argv])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seif: ")]
-    assert status in (1, 2) and len(lines) == 1, lines
+    out, err = capsys.readouterr()
+    if status == 0:
+        return out
+    lines = [line for line in err.splitlines() if line.startswith("seif: ")]
+    assert status in (1, 2) and len(lines) == 1, err
     return lines[0]
 
 
