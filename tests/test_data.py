@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -147,4 +148,8 @@ def test_the_default_model_without_a_usable_cache_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match="file/seif: cannot hold .*; give --model FOLDER, or"):
+        smollm2.folder()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", Path("~no-such-user").expanduser)
+    with pytest.raises(InputError, match="~/.cache/seif: .*; give .* or set XDG_CACHE_HOME"):
         smollm2.folder()
