@@ -107,7 +107,7 @@ class Config:
 CPU = f"""
     --model {smollm2.NAME} --turns 1 --prompts-per-step 8 --instructor-steps 2,1
     --follower-steps 16,8 --questions-per-turn 48 --min-words 20 --temperature 0.7
-    --instructor-temperature 0.5 --lr 3e-4 --kl-coef 0.05 --max-new-tokens 96
+    --instructor-temperature 0.5 --lr 1e-3 --kl-coef 0.05 --max-new-tokens 96
     --max-proposal-tokens 96"""
 # --quick: the whole loop in minutes, with any model.
 QUICK = """

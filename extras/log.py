@@ -100,7 +100,7 @@ class Log:
             print("  turn {}: {} Instructor steps, q_T, {} Follower steps".format(turn, *steps))
             total += sum(steps) + 2 + uses_model(run.cfg)
         if run.cfg.model == smollm2.NAME:
-            print("  the embedded model shows the loop; README names models that learn more")
+            print("  the embedded 135M model is for a first look; README names larger ones")
         self.bar = tqdm(total=total, initial=run.done.total(), unit="step", dynamic_ncols=True)
 
     # -------------------------------------------- rows
