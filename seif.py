@@ -90,7 +90,7 @@ class Config:
     temperature: float = 0.8  # Follower sampling temperature
     instructor_temperature: float = 0.7  # Instructor sampling temperature
     advantage: str = "grpo"  # grpo, rloo, dr_grpo; equations in rl.py
-    lr: float = 6e-5  # AdamW learning rate; LoRA needs more than the paper's 1e-6
+    lr: float = 1e-4  # AdamW learning rate; LoRA needs more than the paper's 1e-6
     kl_coef: float = 0.1  # weight of the KL to the reference policy
     kl_reference: str = "base"  # the Follower's: base or --init-follower; or turn, its start
     num_minibatches: int = 1  # optimizer steps per rollout
