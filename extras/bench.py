@@ -26,16 +26,15 @@ from extras.load_model import DTYPES
 
 # role -> (tokens per prompt, tokens of it that all prompts share)
 PROMPTS = {"follower": (118, 8), "instructor": (740, 630)}
-TOKEN_IDS = range(1000, 40000)
 CFG = types.SimpleNamespace(num_minibatches=1, kl_coef=0.01, advantage="grpo")
 
 
 def step(policy, role: str, optimizer, args) -> dict[str, float]:
     """One GRPO step: seconds of its phases."""
     length, shared = PROMPTS[role]
-    rng = random.Random(0)
-    start = rng.choices(TOKEN_IDS, k=shared)
-    prompts = [start + rng.choices(TOKEN_IDS, k=length - shared) for _ in range(args.prompts)]
+    rng, vocabulary = random.Random(0), range(policy.model.get_input_embeddings().num_embeddings)
+    start = rng.choices(vocabulary, k=shared)
+    prompts = [start + rng.choices(vocabulary, k=length - shared) for _ in range(args.prompts)]
     uniform = 1 - torch.rand(args.prompts, args.group, args.new)
     begin = time.perf_counter()
     with policy.using(role), policy.inference():
