@@ -93,14 +93,15 @@ def rule_filter(question: Question, max_new_tokens: int, checkable=False, min_wo
 def admit_question(question: Question, counts: Counter, size: int) -> str:
     """Adds a question to the counts by category. Or returns the reason to leave it out of q_T.
 
-    A small model repeats a few categories, and the Follower does not learn those that it never
-    meets. So no category may exceed twice its fair share of `size` questions.
+    The Follower does not learn categories that it never meets, so none may exceed twice its fair
+    share of `size` questions. Each may occur twice, or a q_T of a few questions would end early.
     """
     parsed = [p for p in parsed_constraints(question) if p]
-    limits = {category(id): 2 * len(question.constraints) / len(VERIFIERS) for id, _ in parsed}
+    twice_fair = 2 * size * len(question.constraints) / len(VERIFIERS)
+    limits = {category(id): max(2, twice_fair) for id, _ in parsed}
     if any(allowed_count(parsed, unit)[1] < math.inf for unit in ("words", "sentences")):
-        limits["upper bound"] = MAX_BOUNDED
-    if any(counts[name] + 1 > max(1, share * size) for name, share in limits.items()):
+        limits["upper bound"] = max(1, MAX_BOUNDED * size)
+    if any(counts[name] + 1 > limit for name, limit in limits.items()):
         return "too many of one category"
     counts.update(limits.keys())
     return ""

@@ -295,8 +295,7 @@ class Policy:
         # One draw per sample and position, so the batch size changes nothing but rounding.
         uniform = 1 - torch.rand(len(prompts), n, max_new_tokens)
         work = partial(self.engine.sample, prompts, uniform, temperature)
-        groups = []
-        sampled = self.retry_on_oom(work, inference=True) if prompts else []
+        groups, sampled = [], self.retry_on_oom(work, inference=True) if prompts else []
         for asked, prompt, rows in zip(messages, prompts, sampled):
             prefill = asked[-1]["content"] if asked[-1]["role"] == "assistant" else ""
             # Decoded after the prompt: some tokenizers drop the space that a text starts with.

@@ -243,8 +243,10 @@ def test_no_category_and_no_upper_bound_takes_more_than_its_share_of_q_t():
     mixed = [take(counts, bound.format(50 + i, "words"), "x", "y") for i in range(3)]
     mixed += [take(counts, bound.format(3 + i, "sentences"), "x", "y") for i in range(4)]
     assert mixed == [""] * 6 + ["too many of one category"]
-    # A small q_T takes one of each.
-    assert not judge.admit_question(hard("Use no commas."), Counter(), 3)
+    # A small q_T takes two of each.
+    counts, question = Counter(), hard("Use no commas.")
+    small = [judge.admit_question(question, counts, 3) for _ in range(3)]
+    assert small == ["", "", "too many of one category"]
 
 
 def test_instructor_reward_of_what_the_snapshot_fails():
