@@ -91,10 +91,10 @@ def rule_filter(question: Question, max_new_tokens: int, checkable=False, min_wo
 
 
 def admit_question(question: Question, counts: Counter, size: int) -> str:
-    """Adds a question to the counts by category. Or returns the reason to leave it out of q_T.
+    """The reason to leave a question out of q_T. If it is "", its categories are counted.
 
     The Follower does not learn categories that it never meets, so none may exceed twice its fair
-    share of `size` questions. Each may occur twice, or a q_T of a few questions would end early.
+    share of `size` questions. Two of each are always allowed: one would leave a small q_T short.
     """
     parsed = [p for p in parsed_constraints(question) if p]
     twice_fair = 2 * size * len(question.constraints) / len(VERIFIERS)

@@ -103,7 +103,7 @@ class Config:
 
 
 # Presets are command lines. Of a repeated flag the last one counts: CPU, --paper, --quick, yours.
-# CPU: without a GPU and without --model, the embedded 135M model for 20 minutes.
+# CPU: without a GPU and without --model, the embedded 135M model.
 CPU = f"""
     --model {smollm2.NAME} --turns 1 --prompts-per-step 8 --instructor-steps 2,1
     --follower-steps 16,8 --questions-per-turn 48 --min-words 20 --temperature 0.7
@@ -175,7 +175,7 @@ def validate(cfg: Config) -> None:
 
 def load_policy(cfg: Config) -> Policy:
     """The base model without adapters."""
-    path = str(smollm2.folder()) if cfg.model == smollm2.NAME else cfg.model
+    path = smollm2.model_path(cfg.model)
     rank, alpha = cfg.lora_rank, 2 * cfg.lora_rank
     return load(path, cfg.bits, rank=rank, alpha=alpha, engine=cfg.engine, dtype=cfg.dtype)
 

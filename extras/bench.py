@@ -33,10 +33,10 @@ def step(policy, role: str, optimizer, args) -> dict[str, float]:
     """One GRPO step: seconds of its phases."""
     length, shared = PROMPTS[role]
     rng, vocabulary = random.Random(0), range(policy.model.get_input_embeddings().num_embeddings)
-    start = rng.choices(vocabulary, k=shared)
-    prompts = [start + rng.choices(vocabulary, k=length - shared) for _ in range(args.prompts)]
+    prefix = rng.choices(vocabulary, k=shared)
+    prompts = [prefix + rng.choices(vocabulary, k=length - shared) for _ in range(args.prompts)]
     uniform = 1 - torch.rand(args.prompts, args.group, args.new)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     with policy.using(role), policy.inference():
         completions = policy.engine.sample(prompts, uniform, 1.0)
     sampled = time.perf_counter()
@@ -46,7 +46,7 @@ def step(policy, role: str, optimizer, args) -> dict[str, float]:
     ]
     rl.grpo_step(policy, role, f"ref_{role}", groups, optimizer, CFG, 1.0)
     end = time.perf_counter()
-    return {"seconds": end - begin, "sampling": sampled - begin, "update": end - sampled}
+    return {"seconds": end - start, "sampling": sampled - start, "update": end - sampled}
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("role", nargs="?", choices=list(PROMPTS), help="default: both")
-    parser.add_argument("--model", help="folder or id; default: the embedded model")
+    parser.add_argument("--model", default=smollm2.NAME, help="folder or id")
     parser.add_argument("--engine", default="packed", choices=("packed", "plain"))
     parser.add_argument("--bits", type=int, default=4, choices=(4, 16))
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens per completion")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
-    path = args.model or str(smollm2.folder())
+    path = smollm2.model_path(args.model)
     policy = rl.load(path, args.bits, engine=args.engine, dtype=args.dtype)
     policy.engine.eos = set()
     for role in [args.role] if args.role else PROMPTS:

@@ -39,7 +39,7 @@ class ChatTemplate:
         marks = [t for t in special.values() if re.search("think|thought|reasoning", t, re.I)]
         unknown = [t for t in marks if not (THOUGHT_START.search(t) or THOUGHT_END.search(t))]
         if unknown:
-            print(f"  unknown marks, a thought is judged as an answer: {' '.join(unknown)}")
+            print(f"  unknown thought marks, a thought is judged as an answer: {' '.join(unknown)}")
         self.content_in_parts = False
         self.content_in_parts = not self._keeps(self.USER)
         if not self._keeps(self.USER):

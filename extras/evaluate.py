@@ -297,8 +297,6 @@ def open_run(make_config, load_policy, folder: str, turn: int = 0) -> tuple:
     text = data.read_text(path)
     try:
         settings = json.loads(text)
-        # A setting of earlier versions.
-        settings.pop("few_shot", None)
         created = date.fromisoformat(settings.pop("created"))
         cfg = make_config(**settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

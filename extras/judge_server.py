@@ -30,6 +30,7 @@ class AnyStatus(HTTPErrorProcessor):
     """Returns every response. No redirect is followed: it could take the key to another host."""
 
     def http_response(self, request, response):
+        """Called by urllib with each response."""
         return response
 
     https_response = http_response
@@ -61,9 +62,10 @@ def p_yes(choice: dict) -> float | None:
 
 
 class JudgeServer:
-    """P(yes) by `model` at `url`, which is checked. timeout: seconds without a byte.
+    """Asks `model` at `url` for verdicts. InputError if the URL is malformed.
 
-    backoff: seconds between the first two attempts, doubled each time.
+    timeout: seconds without a byte from the server, then the attempt counts as failed. backoff:
+    seconds between the first two attempts, doubled each time.
     """
 
     def __init__(self, url: str, model: str, timeout=120.0, attempts=6, backoff=2.0):

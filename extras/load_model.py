@@ -20,8 +20,8 @@ EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2",
 # Models in which peft refuses out_proj, since their kernels bypass it.
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 # Errors of damaged checkpoints, and of those that the installed packages are too old for.
-FILE_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-CODE_ERRORS = (ImportError, AttributeError, TypeError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+LOAD_ERRORS += (ImportError, AttributeError, TypeError)
 
 
 def fast_dtype(cuda: bool) -> str:
@@ -62,7 +62,7 @@ def load_model(model: str, bits: int, device: torch.device, dtype: torch.dtype) 
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (*FILE_ERRORS, *CODE_ERRORS) as error:
+    except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         reason = f"cannot be loaded as a causal language model ({reason})"
         raise InputError(f"--model {model}: {reason}") from error

@@ -25,7 +25,7 @@ def main(argv: list[str], open_run) -> None:
     out = Path(args.out or f"{args.run}/turn{turn}/merged")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise data.InputError(f"--out {out}: exists; give a new folder")
-    path = str(smollm2.folder()) if cfg.model == smollm2.NAME else cfg.model
+    path = smollm2.model_path(cfg.model)
     base, tokenizer = load_model(path, 16, torch.device("cpu"), DTYPES[cfg.dtype])
     with torch.no_grad():
         for name, layer in policy.lora.items():

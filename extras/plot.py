@@ -38,7 +38,7 @@ def main(argv: list[str], open_run) -> None:
 
 
 def plot_steps(axis, rows: list[dict], key: str, title: str) -> None:
-    """A line per stage and turn, so that turns can be told apart."""
+    """A line per stage and turn."""
     for stage, turn in sorted({(r["stage"], r["turn"]) for r in rows if r["stage"] in COLOURS}):
         steps = [i for i, r in enumerate(rows) if (r["stage"], r["turn"]) == (stage, turn)]
         values, label = [rows[i].get(key) for i in steps], stage if turn == 1 else None

@@ -21,6 +21,11 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 FIX = "give --model FOLDER, or set XDG_CACHE_HOME to a folder that can be written to"
 
 
+def model_path(model: str) -> str:
+    """The folder of the embedded model for its name. Any other --model is returned unchanged."""
+    return str(folder()) if model == NAME else model
+
+
 def folder() -> Path:
     """The model's folder, downloaded on first use. InputError without cache folder or network."""
     cache = "~/.cache/seif"

@@ -287,9 +287,7 @@ def test_chat_keeps_the_conversation(finished, monkeypatch, flag, role):
 def test_merge_gives_the_same_logits(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     config = json.loads((finished / "config.json").read_text())
-    # Earlier runs have a setting that is gone.
-    old = json.dumps({**config, "dtype": "fp32", "few_shot": 4})
-    (tmp_path / "run" / "config.json").write_text(old)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "dtype": "fp32"}))
     run_command(capsys, ["merge", tmp_path / "run", "--out", tmp_path / "out"])
     policy = load_trained(config["model"])
     load_adapter(policy, "follower", finished / "turn2" / "follower")
