@@ -8,7 +8,7 @@ import re
 
 from jinja2 import TemplateError
 
-from prompts import THOUGHT_END, THOUGHT_START
+from prompts import THOUGHT_END, THOUGHT_MARKS, THOUGHT_START
 
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
@@ -62,15 +62,12 @@ class ChatTemplate:
         channel = before_answer.removeprefix(prompt)
         if before_answer.startswith(prompt) and THOUGHT_END.search(channel):
             return channel
-        start = re.search(rf"({THOUGHT_START.pattern})\s*\Z", prompt)
-        if not start:
-            return ""
-        closing = {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷"}
-        closing |= {"<|channel>thought": "<channel|>", "<|START_THINKING|>": "<|END_THINKING|>"}
-        default = start[1].replace("begin_of_", "end_of_").replace("_prefix", "_suffix")
-        if default == start[1]:
-            default = re.sub(r"<\|?", r"\g<0>/", default)
-        return closing.get(start[1], f"\n{default}\n\n")
+        for start, end in THOUGHT_MARKS:
+            if opened := re.search(rf"{start}\s*\Z", prompt):
+                # <think> and its like stand on lines of their own.
+                closing = opened.expand(end)
+                return f"\n{closing}\n\n" if opened.groups() else closing
+        return ""
 
     def _first_tokens(self, words: tuple[str, ...]) -> list[int]:
         """Ids of the words that are a single token at the start of a reply."""

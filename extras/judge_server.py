@@ -94,24 +94,30 @@ class JudgeServer:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def _post(self, messages: list[dict], form: int) -> tuple[int, str, float]:
+        """(HTTP status, body, seconds of Retry-After). Without a response (0, error, 0.0)."""
+        body = json.dumps({"model": self.model, "messages": messages, **FORMS[form]}).encode()
+        request = Request(f"{self.url}/chat/completions", body, self.headers)
+        try:
+            with self.opener.open(request, timeout=self.timeout) as response:
+                text = response.read().decode(errors="replace")
+        except (OSError, HTTPException) as error:
+            return 0, str(error), 0.0
+        seconds = response.headers.get("Retry-After", "")
+        return response.status, text, float(seconds) if seconds.isdecimal() else 0.0
+
     def _ask(self, messages: list[dict], stop: threading.Event) -> float:
         form, wait, reason = self.form, 0.0, ""
         fix = "start the server; the same command resumes the run"
-        body = json.dumps({"model": self.model, "messages": messages, **FORMS[form]}).encode()
-        request = Request(f"{self.url}/chat/completions", body, self.headers)
         for attempt in range(self.attempts):
             if stop.wait(wait):
                 break
-            wait = min(self.backoff * 2**attempt, MAX_WAIT)
+            status, text, wait = self._post(messages, form)
+            wait = min(max(wait, self.backoff * 2**attempt), MAX_WAIT)
+            # Some servers repeat a part of a wrong key.
+            reason = f"HTTP {status} {'' if status in (401, 403) else text}" if status else text
             try:
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    status, text = response.status, response.read().decode(errors="replace")
-                # Some servers repeat a part of a wrong key.
-                reason = f"HTTP {status} {'' if status in (401, 403) else text}"
                 p = p_yes(json.loads(text)["choices"][0]) if status == 200 else None
-            except (OSError, HTTPException) as error:
-                reason = str(error)
-                continue
             except MALFORMED:
                 continue
             if status == 200 and (form or p is not None):
@@ -121,11 +127,9 @@ class JudgeServer:
             if status == 200 or rejected:
                 self.form = max(self.form, form + 1)
                 return self._ask(messages, stop)
-            if status < 500 and status not in (408, 425, 429):
+            if status < 500 and status not in (0, 408, 425, 429):
                 fix = "check --judge-url, --judge-model and SEIF_JUDGE_KEY"
                 break
-            seconds = response.headers.get("Retry-After", "")
-            wait = min(max(wait, float(seconds) if seconds.isdecimal() else 0), MAX_WAIT)
         reason = reason.replace(self.key, "***") if self.key else reason
         reason = " ".join(reason.split())[:200]
         raise InputError(f"--judge-url {self.url}: {reason}; {fix}")

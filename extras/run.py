@@ -43,6 +43,7 @@ from prompts import (
     follower_messages,
     instructor_messages,
     judge_messages,
+    user,
 )
 from rl import Sample, grpo_step
 
@@ -58,10 +59,13 @@ class Run:
     """A run folder and its objects: policy, optimizers, judge, log, and the steps that are done."""
 
     def __init__(self, cfg, roles: list[str], load_policy):
-        server = JudgeServer(cfg.judge_url, cfg.judge_model) if cfg.judge_url else None
         seed_questions = read_seed_questions(cfg.seed_questions or FOLDER / "seeds.jsonl")
         heldout = read_eval_rows(cfg.heldout or FOLDER / "heldout.jsonl")
         self.heldout = heldout[: cfg.eval_rows or None]
+        server = JudgeServer(cfg.judge_url, cfg.judge_model) if cfg.judge_url else None
+        if server:
+            # A wrong URL, model or key ends here, before any training.
+            server.ask([[user("Is water wet? Reply yes or no.")]])
         self.cfg, self.lock, created = open_folder(cfg)
         self.folder = Path(cfg.out)
         try:

@@ -18,17 +18,26 @@ NUM_CONSTRAINTS = {"hard": 3, "soft": 5}
 FEW_SHOT = 4
 # A small model would answer the question instead, so its proposal is started for it.
 INSTRUCTOR_PREFILL = {"hard": '{"c1": "Your answer must', "soft": '{"c1": "'}
-# Marks around a model's own thought: Qwen and DeepSeek, Seed-OSS, OpenThinker, Magistral, Gemma 4,
-# Cohere, Kimi, Apertus. gpt-oss thinks in a channel "analysis" and answers in "final".
+# Marks around a model's own thought: pattern of the start, end. \1 is the name in the start.
 _NAME = r"(?:\w+:)?(?:think|thinking|thought|reasoning)"
-THOUGHT_START = re.compile(
-    rf"<{_NAME}>|<\|(?:begin_of_)?{_NAME}\|>|\[THINK\]|<\|channel>thought|<\|START_THINKING\|>"
-    r"|◁think▷|<\|inner_prefix\|>|<\|channel\|>(?!final)"
-)
-THOUGHT_END = re.compile(
-    rf"</{_NAME}>|<\|(?:/|end_of_){_NAME}\|>|\[/THINK\]|<channel\|>|<\|END_THINKING\|>"
-    r"|◁/think▷|<\|inner_suffix\|>|<\|channel\|>final<\|message\|>"
-)
+THOUGHT_MARKS = [
+    # Qwen, DeepSeek, Seed-OSS, and what their like may choose
+    (rf"<({_NAME})>", r"</\1>"),
+    (rf"<\|({_NAME})\|>", r"<|/\1|>"),
+    # OpenThinker, Magistral, Kimi
+    (rf"<\|begin_of_({_NAME})\|>", r"<|end_of_\1|>"),
+    (r"\[THINK\]", "[/THINK]"),
+    (r"◁think▷", "◁/think▷"),
+    # Cohere, Apertus, Gemma 4
+    (r"<\|START_THINKING\|>", "<|END_THINKING|>"),
+    (r"<\|inner_prefix\|>", "<|inner_suffix|>"),
+    (r"<\|channel>thought", "<channel|>"),
+    # gpt-oss thinks in a channel "analysis" and answers in "final".
+    (r"<\|channel\|>(?!final)", "<|channel|>final<|message|>"),
+]
+THOUGHT_START = re.compile("|".join(start for start, _ in THOUGHT_MARKS))
+_ENDS = [re.escape(end).replace(r"\\1", _NAME) for _, end in THOUGHT_MARKS]
+THOUGHT_END = re.compile("|".join(_ENDS))
 # A proposal's JSON is searched for in so many characters.
 MAX_PROPOSAL_CHARS = 20_000
 

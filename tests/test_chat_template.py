@@ -178,7 +178,7 @@ THOUGHTS = [
      "\n</think>\n\n"),
     (["<seed:think>", "</seed:think>"], CHATML, "<seed:think>Hm.</seed:think>Yes.", "Yes.", ""),
     (["<|inner_prefix|>", "<|inner_suffix|>"], OPENS.replace("MARK", "<|inner_prefix|>"),
-     "Hm.<|inner_suffix|>Yes.", "Yes.", "\n<|inner_suffix|>\n\n"),
+     "Hm.<|inner_suffix|>Yes.", "Yes.", "<|inner_suffix|>"),
     ([], OPENS.replace("MARK", "<|begin_of_thought|>"), "Hm.<|end_of_thought|>Yes.", "Yes.",
      "\n<|end_of_thought|>\n\n"),
     (["<|think|>", "<|/think|>"], CHATML, "<|think|>Hm.<|/think|>Yes.", "Yes.", ""),

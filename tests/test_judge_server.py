@@ -137,6 +137,16 @@ def test_a_wrong_url_model_or_key_is_one_line_at_once(server, status, requests):
     assert KEY not in str(error.value) and len(server.seen) == requests
 
 
+def test_a_run_asks_the_server_before_it_loads_a_model(
+    setup, server, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(seif, "load_policy", None)
+    server.reply = lambda body: (404, "no model bigg")
+    argv = setup("run", hard_fraction=0, judge_url=server.url, judge_model="bigg")
+    assert "HTTP 404 no model bigg; check --judge-url" in run_command(capsys, argv)
+    assert not (tmp_path / "run/config.json").exists()
+
+
 def verdict(body: dict) -> dict:
     """Of a judge at chance."""
     p = (len(content(body)) % 9 + 0.5) / 9
