@@ -7,7 +7,8 @@ Accuracy can rise with emptier answers, since verifiers check form alone. Other 
                  have a length constraint
     repeated     share of answers that repeat themselves
     lower_bound  accuracy on instructions with a lower bound of words or sentences
-    logp         log p(answer | prompt) under the base model, mean per token
+    logp         log p(answer | prompt) under the base model, mean per token, of answers that do not
+                 repeat themselves: a loop has a high log p, and to stop looping is no loss
     relevance    share of answers with a PMI above the lowest 5 % of the base model's free answers
                  (after IFDecorator, arXiv 2508.04632). PMI: log p(answer | seed question) -
                  log p(answer | another one), mean per token, under the base model
@@ -212,6 +213,7 @@ def make_record(row: dict, sample: rl.Sample, verify: Callable = check) -> dict:
     known = [verdict for verdict in record["strict"] if verdict is not None]
     complete = sample.ended and text and not echo
     record["reward"] = 0.0 if not complete else _mean(known) if known else None
+    record["repeated"] = repeats_itself(text)
     record["length_rule"] = any(id.startswith("length_constraints:") for id, _ in instructions)
     record["lower_bound"] = [
         verdict
@@ -237,13 +239,13 @@ def evaluate(
     for record, a, b in zip(scored, logp, pmi(policy, pairs, [q for q, _ in pairs])):
         # An empty answer is irrelevant.
         relevant = None if threshold is None else b is not None and b > threshold
-        record.update(logp=a, pmi=b, relevant=relevant)
+        record.update(logp=None if record["repeated"] else a, pmi=b, relevant=relevant)
     figures = {"cut": _mean(not sample.ended for sample in samples)}
     figures["length"] = _mean(len(sample.tokens) for sample in samples)
     words = [len(r["response"].split()) for r in records if not r["length_rule"]]
     figures["words"] = float(np.median(words)) if words else np.nan
     figures["short"] = _mean(count < SHORT for count in words)
-    figures["repeated"] = _mean(repeats_itself(r["response"]) for r in records)
+    figures["repeated"] = _mean(r["repeated"] for r in records)
     figures["lower_bound"] = _mean(verdict for r in records for verdict in r["lower_bound"])
     for level in ("strict", "loose"):
         # Undecided verdicts are left out, and so is a prompt that has no other.

@@ -142,6 +142,8 @@ def test_figures_that_show_empty_answers(monkeypatch):
     # Without a length constraint: 12, 12, 3 and 4 words.
     assert (figures["words"], figures["short"]) == (8, 0.5)
     assert (figures["repeated"], figures["lower_bound"]) == (1 / 8, 1 / 3)
+    # The high log p of a loop does not count.
+    assert [i for i, r in enumerate(records) if r["logp"] is None] == [3, 7]
 
 
 def test_mean_logprobs_are_those_of_the_model(folders):
