@@ -44,6 +44,8 @@ MIN_ANSWER_WORDS = 20
 MAX_BOUNDED = 1 / 8
 # A line of a seed question that looks like an option: a mark before it, or no full stop after it.
 OPTION = r"(?:[-*•]|\(?\w{1,2}[.):])\s.*|.*[^.?!:]"
+# A seed question that "My answer is yes." answers.
+YES_NO = r"(?:^|[.!]\s+)(?:is|are|was|were|do|does|did|ha[sd]|have|can|[cws]h?ould|will)\b.*\?"
 # English words per token, to reject "at least 500 words" under a limit of 128 tokens.
 WORDS_PER_TOKEN = 0.75
 Ask = Callable[[list[list[dict]]], list[float]]
@@ -81,6 +83,9 @@ def rule_filter(question: Question, max_new_tokens: int, checkable=False, min_wo
     known = [p for p in parsed if p]
     if find_contradiction(known):
         return "contradiction"
+    fixed = any(category(id) == "constrained_response" for id, _ in known)
+    if fixed and not re.search(YES_NO, question.seed_question.lower()):
+        return "no question of yes or no"
     # As in SEIF, the hard constraints of an instruction are of different categories.
     if question.kind == "hard" and len({name for name, _ in known}) < len(known):
         return "same category twice"

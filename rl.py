@@ -318,9 +318,8 @@ class Policy:
         """
         prompts = [self.chat.encode(m, skip_thought=True) for m in messages]
         yes, no = self.chat.yes_tokens, self.chat.no_tokens
-        probabilities = self.retry_on_oom(
-            lambda: self.engine.next_probabilities(prompts, yes + no), inference=True
-        )
+        work = partial(self.engine.next_probabilities, prompts, yes + no)
+        probabilities = self.retry_on_oom(work, inference=True)
         p_yes, p_no = (p.sum(1) for p in probabilities.split([len(yes), len(no)], 1))
         known = p_yes + p_no > MIN_VERDICT_MASS
         return torch.where(known, p_yes / (p_yes + p_no), math.nan).tolist()
@@ -422,9 +421,8 @@ def grpo_step(policy: Policy, role, ref_role, groups, optimizer, cfg, temperatur
     """Update `role` on one rollout: groups of rewarded samples. ref_role: the KL reference.
 
     cfg: num_minibatches, kl_coef, advantage. The loss is a mean over the tokens of a minibatch.
-    With several minibatches old_logprobs are computed first, by the code that computes the new
-    ones, since the sampler's differ by rounding. Returns metrics. A minibatch with a non-finite
-    gradient is skipped and counted.
+    With several of them old_logprobs are computed first, not by the sampler, whose values differ by
+    rounding. Returns metrics. A minibatch with a non-finite gradient is skipped and counted.
     """
     kept = with_advantages(groups, cfg.advantage)
     zero_std = 1 - len(kept) / max(1, len(groups))
@@ -442,12 +440,10 @@ def grpo_step(policy: Policy, role, ref_role, groups, optimizer, cfg, temperatur
     norms = []
     for k in range(num_minibatches):
         minibatch = [s for group in kept[k::num_minibatches] for s in group]
-        parts = policy.retry_on_oom(
-            lambda m=minibatch: backward(policy, role, m, parameters, cfg.kl_coef, temperature)
-        )
-        norm = policy.retry_on_oom(
-            lambda m=minibatch: apply_gradient(parameters, m, optimizer), retry=False
-        )
+        work = partial(backward, policy, role, minibatch, parameters, cfg.kl_coef, temperature)
+        parts = policy.retry_on_oom(work)
+        step = partial(apply_gradient, parameters, minibatch, optimizer)
+        norm = policy.retry_on_oom(step, retry=False)
         if math.isfinite(norm):
             norms.append(norm)
         for name, value in parts.items():

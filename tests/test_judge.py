@@ -50,6 +50,7 @@ FILTER = [
     ("same category twice", ["Include the word 'sun'.", "Include the word 'sea'."], {}),
     ("", ["Answer with at most 4 words."], {"min_words": 4}),
     ("no room for an answer", ["Answer with at most 4 words."], {"min_words": 5}),
+    ("no question of yes or no", ["Contain one of the following options: 'yes.', 'no.'"], {}),
     ("", ["Be kind."], {}), ("no verifier", ["Be kind.", "Use no commas."], {"checkable": True}),
 ]
 # Reasons to reject: sound, P(yes) below the threshold, no verdict, duplicate, no JSON.
