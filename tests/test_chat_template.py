@@ -21,6 +21,11 @@ def chat_template(template: str = CHATML, tokens=(), special=(), eos=(IM_END,)) 
     return ChatTemplate(tokenizer, set(eos))
 
 
+def opens(mark: str) -> str:
+    """A template that starts the reply with a thought."""
+    return CHATML + "{% if add_generation_prompt %}" + mark + "\n{% endif %}"
+
+
 def conversation(user: str, *more: tuple[str, str], system: str = "") -> list[dict]:
     pairs = [("system", system)] if system else []
     return [{"role": r, "content": c} for r, c in [*pairs, ("user", user), *more]]
@@ -102,7 +107,7 @@ def test_an_assistant_prefill_is_tokenised_as_one_string_with_its_prompt():
     # An assistant message that is not the last one is no prefill.
     assert chat.encode(conversation("hi", ("assistant", "ho"), ("user", "go"))).count(IM_END) == 3
     # A prefill that the template writes itself is not repeated.
-    chat = chat_template(OPENS.replace("MARK", "<think>"))
+    chat = chat_template(opens("<think>"))
     messages = conversation("hi", ("assistant", "<think>"))
     assert chat.encode(messages) == chat.encode(messages[:1])
 
@@ -159,44 +164,36 @@ def test_tags_of_the_answer_format_survive_decoding_as_special_tokens(capsys):
     assert think not in chat.encode(conversation("say <think>"))
 
 
+# fmt: off
 HARMONY = (
     "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
     "<|channel|>final{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
-OPENS = CHATML + "{% if add_generation_prompt %}MARK\n{% endif %}"
-# fmt: off
+# Special tokens, template, reply, text before a prefill. The answer is "Yes.".
 THOUGHTS = [
-    # Special tokens, template, reply, answer, text before a prefill.
     (["<|start|>", "<|end|>", "<|channel|>", "<|message|>"], HARMONY,
      "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
-     "Yes.", "<|channel|>final<|message|>"),
-    (["<|channel>", "<channel|>"], OPENS.replace("MARK", "<|channel>thought"),
-     "Hm.<channel|>Yes.", "Yes.", "<channel|>"),
-    ([], OPENS.replace("MARK", "[THINK]"), "Hm.[/THINK]Yes.", "Yes.", "[/THINK]"),
-    (["<think>", "</think>"], OPENS.replace("MARK", "<think>"), "Hm.\n</think>\n\nYes.", "Yes.",
-     "\n</think>\n\n"),
-    (["<seed:think>", "</seed:think>"], CHATML, "<seed:think>Hm.</seed:think>Yes.", "Yes.", ""),
-    (["<|inner_prefix|>", "<|inner_suffix|>"], OPENS.replace("MARK", "<|inner_prefix|>"),
-     "Hm.<|inner_suffix|>Yes.", "Yes.", "\n<|inner_suffix|>\n\n"),
-    ([], OPENS.replace("MARK", "<|begin_of_thought|>"), "Hm.<|end_of_thought|>Yes.", "Yes.",
-     "\n<|end_of_thought|>\n\n"),
-    (["<|think|>", "<|/think|>"], CHATML, "<|think|>Hm.<|/think|>Yes.", "Yes.", ""),
-    # A thought that is not closed has no answer. A closed one of the template's needs no mark.
-    (["[THINK]", "[/THINK]"], CHATML, "[THINK]Hm. Yes.", "", ""),
-    ([], OPENS.replace("MARK", "<think>\n\n</think>"), "Yes.", "Yes.", ""),
-    ([], CHATML, "I [THINK] so, in a <channel> of it.", "I [THINK] so, in a <channel> of it.", ""),
+     "<|channel|>final<|message|>"),
+    (["<|channel>", "<channel|>"], opens("<|channel>thought"), "Hm.<channel|>Yes.", "<channel|>"),
+    ([], opens("[THINK]"), "Hm.[/THINK]Yes.", "[/THINK]"),
+    (["<think>", "</think>"], opens("<think>"), "Hm.\n</think>\n\nYes.", "\n</think>\n\n"),
+    (["<seed:think>", "</seed:think>"], CHATML, "<seed:think>Hm.</seed:think>Yes.", ""),
+    (["<|inner_prefix|>", "<|inner_suffix|>"], opens("<|inner_prefix|>"),
+     "Hm.<|inner_suffix|>Yes.", "\n<|inner_suffix|>\n\n"),
+    ([], opens("<|begin_of_thought|>"), "Hm.<|end_of_thought|>Yes.", "\n<|end_of_thought|>\n\n"),
+    (["<|think|>", "<|/think|>"], CHATML, "<|think|>Hm.<|/think|>Yes.", ""),
+    # A closed thought of the template's needs no mark.
+    ([], opens("<think>\n\n</think>"), "Yes.", ""),
 ]
 # fmt: on
 
 
-@pytest.mark.parametrize("special, template, reply, answer, before_prefill", THOUGHTS)
-def test_the_answer_follows_a_thought_in_any_marks(
-    special, template, reply, answer, before_prefill
-):
+@pytest.mark.parametrize("special, template, reply, before_prefill", THOUGHTS)
+def test_the_answer_follows_a_thought_in_any_marks(special, template, reply, before_prefill):
     chat = chat_template(template, special=special)
     ids = chat.tokenizer.encode(reply, add_special_tokens=False)
-    assert extract_answer(chat.decode(ids), think=False) == answer
+    assert extract_answer(chat.decode(ids), think=False) == "Yes."
     # The Instructor's prefill and a verdict stand where the answer does.
     prompt = chat.encode(conversation("hi"))
     skipped = chat.encode(conversation("hi"), skip_thought=True)

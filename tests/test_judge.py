@@ -65,6 +65,8 @@ ANSWERS = [
     ("<think><answer>no</answer></think><answer>ok</answer>", True, ""),
     ("<think>hm</think><answer>a</answer><answer>b</answer>", True, ""), (" ok\n", False, "ok"),
     ("a thought</think>\n\nok", False, "ok"), ("<answer>ok</answer>", False, "<answer>ok</answer>"),
+    # A thought that is not closed has no answer. A mark inside of a text starts no thought.
+    ("[THINK]Hm. Yes.", False, ""), ("I [THINK] so", False, "I [THINK] so"),
 ]
 # Seed question, answer, whether it only repeats lines of the instruction.
 ECHOES = [
@@ -88,8 +90,6 @@ LENGTHS = [
     ("Answer with at least 2 sentences.", "Yes. No.", 2 / 20),
     # Two characters count as a word in scripts that do not separate words.
     ("Use no commas.", "ガラスは透明です。 Clear?", 5 / 20),
-    ("Use no commas.", "玻璃没有晶界。光线很少被散射。所以大部分光可以直接穿过。"
-     "因此它看起来是透明的。冰也是这样。", 1),
     ("Answer with one of the following options: ('yes', 'no')", "yes", 1),
 ]
 # The last but one has each trigram twice, the last no trigram of words.
@@ -150,14 +150,6 @@ def test_accept_asks_the_model_only_after_the_code(mode, reasons):
     ours.fits = lambda question: len(question.instruction) < 20
     assert ours.accept([]) == ours.accept([last := sample(texts[0], hard())]) == []
     assert last.rejected == "over --max-prompt-tokens"
-
-
-def test_code_replaces_a_model_that_is_not_reliable():
-    for judger, filter_ in ((RELIABLE, RELIABLE), (RELIABLE, CHANCE), (CHANCE, RELIABLE)):
-        mode = "llm" if judger == filter_ else "rules"
-        assert make_judge(None, judger, filter_, filter="llm").filter_mode == mode
-        trusting = make_judge(None, judger, filter_, filter="llm", judge="trusted")
-        assert trusting.trusts_model and trusting.filter_mode == "llm"
 
 
 def test_score_asks_the_model_once_and_only_where_no_verifier_decides():
@@ -286,12 +278,16 @@ def test_the_judge_is_calibrated_on_balanced_cases_with_known_truth():
     assert ours.judger.auc == 1 and ours.judger.cases == 24 == len(judged)
     assert sum("\na, b\n" in text for text in judged) == 12
     assert not any("check: Be kind." in text for text in judged)
-    # A model that says yes to every instruction is useless as a Filter.
+    # A model that says yes to every instruction is useless as a Filter: code replaces it.
     assert (ours.filter.auc, ours.filter_mode, ours.trusts_model) == (0.5, "rules", True)
     spoilt = calibration.contradictory(examples)
     assert ours.filter.cases == len(examples) + len(spoilt) and len(spoilt) >= 10
     assert {rule_filter(question, 1024) for question in spoilt} == {"contradiction"}
     assert calibration.contradictory([hard("Be kind."), hard("Use no commas.")]) == []
+    ours.judger, ours.filter = CHANCE, RELIABLE
+    assert (ours.filter_mode, ours.trusts_model) == ("rules", False)
+    ours.cfg.judge = "trusted"
+    assert (ours.filter_mode, ours.trusts_model) == ("llm", True)
 
 
 def test_prompts_put_shared_text_first():

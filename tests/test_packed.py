@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, load_cpu, make_model, randomise
+from conftest import KINDS, load_trained, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,9 +23,8 @@ REFUSED = "plain engine, slower: packing is not exact for this model ("
 
 
 def load(folder: str, engine: str, *args, **options) -> rl.Policy:
-    """On the CPU, with an adapter `follower` that changes the output, and the EOS ids ENDS."""
-    policy = load_cpu(folder, engine, *args, **options)
-    randomise(policy, "follower")
+    """load_trained() with the EOS ids ENDS."""
+    policy = load_trained(folder, engine, *args, **options)
     policy.chat.eos.update(ENDS)
     return policy
 
@@ -77,8 +76,6 @@ def assert_equal_logprobs(found, expected) -> None:
 
 
 # ------------------------------------------------------------ packed = plain
-
-
 @pytest.mark.parametrize("kind, bits", EXACT)
 def test_packed_equals_plain(both, kind, bits, monkeypatch):
     fast, plain = both(kind, bits)
@@ -112,8 +109,6 @@ def test_nothing_one_token_and_equal_prompts(both):
 
 
 # ------------------------------------------------------------ pack and sample_token
-
-
 @settings(deadline=None, max_examples=60, database=None)
 @given(
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), max_size=12),
@@ -136,15 +131,14 @@ def test_pack_holds_each_distinct_token_once_and_it_attends_to_its_path(ends, pr
                 assert np.flatnonzero(mask[token, prefix:]).tolist() == sorted(path[: k + 1])
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.5])
-def test_sample_token_follows_the_distribution(temperature):
+def test_sample_token_follows_the_distribution():
     n, logits = 20_000, torch.randn(1, 40, generator=torch.Generator().manual_seed(0)) * 2
-    tokens = packed.sample_token(logits.expand(n, 40), (torch.arange(n) + 0.5) / n, temperature)
-    share = torch.bincount(tokens, minlength=40) / n
-    torch.testing.assert_close(share, (logits[0] / temperature).softmax(-1), rtol=0, atol=2 / n)
-
-
-def test_sample_token_at_the_edges_and_of_nan():
+    draws = (torch.arange(n) + 0.5) / n
+    for temperature in (0.3, 1.0, 1.5):
+        tokens = packed.sample_token(logits.expand(n, 40), draws, temperature)
+        share, expected = torch.bincount(tokens, minlength=40) / n, logits[0] / temperature
+        torch.testing.assert_close(share, expected.softmax(-1), rtol=0, atol=2 / n)
+    # At the edges of the draws, and where a logit is NaN.
     logits = torch.full((5, 40), -1e9)
     logits[:, 30], logits[3, 3], logits[4] = 0, torch.nan, torch.nan
     for temperature in (0, 1.0):
@@ -153,8 +147,6 @@ def test_sample_token_at_the_edges_and_of_nan():
 
 
 # ------------------------------------------------------------ self-check
-
-
 add, admit = packed.Row.add, packed.SlotCache.admit
 
 
@@ -212,8 +204,6 @@ def test_the_self_check_tells_a_wrong_mask_from_rounding(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------ memory
-
-
 def fail(engine, calls, monkeypatch) -> list[tuple]:
     """These forward passes run out of memory. Returns the limits at each, a list that grows."""
     tried, forward = [], engine._forward
@@ -255,8 +245,6 @@ def test_layers_are_recomputed_as_far_as_activations_do_not_fit(both, monkeypatc
 
 
 # ------------------------------------------------------------ CUDA graphs
-
-
 def rerun(work, pool) -> Mock:
     """Takes the place of a CUDA graph: a replay does the work."""
     return Mock(replay=Mock(side_effect=work))

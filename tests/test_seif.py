@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
+import math
 import re
 import sys
-import types
 from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
@@ -72,51 +72,41 @@ def test_train_from_python_resumes_after_ctrl_c_and_logs(setup, tmp_path, monkey
     assert calls[2].args[0]["follower/reward"] == rows[2]["reward"]
 
 
-def interleave(run: Run, steps: int = 9) -> None:
-    """A fork: a step of each role in turn, and a third role, the critic."""
+def interleave(run: Run, steps: int = 9) -> set[int]:
+    """A fork: a step of each role in turn, and a third role, the critic. The steps' seeds."""
     run.start_turn()
-    questions = [Question(q, "hard", tuple(tiny.POOL[:3])) for q in run.seed_questions]
+    questions, seeds = (
+        [Question(q, "hard", tuple(tiny.POOL[:3])) for q in run.seed_questions],
+        set(),
+    )
     for i in range(steps):
         role = seif.TRAINED_ROLES[i % 3]
         for step in run.remaining(role, 1):
             rng = run.seed_rngs()
+            seeds.add(torch.initial_seed())
             if role == "instructor":
                 seif.instructor_step(run, run.batch(role, run.seed_questions, step), rng)
             elif role == "follower":
                 seif.follower_step(run, run.batch(role, questions, step))
             else:
-                critic_step(run)
+                with run.policy.using(role):
+                    [group] = run.policy.sample([[user("Hi")]], 4, 8)
+                for k, sample in enumerate(group):
+                    sample.reward = float(k % 2)
+                run.finish_step(role, {"reward": 0.5, **run.update(role, group, 1.0)})
     run.close()
-
-
-def critic_step(run: Run) -> None:
-    with run.policy.using("critic"):
-        [group] = run.policy.sample([[user("Hi")]], 4, 8)
-    for i, sample in enumerate(group):
-        sample.reward = float(i % 2)
-    run.finish_step("critic", {"reward": 0.5, **run.update("critic", group, 1.0)})
+    return seeds
 
 
 def test_a_fork_with_interleaved_stages_and_a_third_role(setup, tmp_path, monkeypatch):
-    """Its steps draw anew. It resumes to the bit. train() goes on with its state."""
     monkeypatch.setattr(seif, "TRAINED_ROLES", ["instructor", "follower", "critic"])
-    calls, sample = [], rl.Policy.sample
-
-    def record(policy, messages, *args):
-        texts = [m[-1 - (m[-1]["role"] == "assistant")]["content"] for m in messages]
-        calls.append((policy.active_adapter, texts, torch.initial_seed()))
-        return sample(policy, messages, *args)
-
     whole = seif.open_run(tiny.config(tmp_path, "whole", **ONE_STEP))
     weights = [next(iter(whole.policy.tensors(role).values())) for role in whole.optimizers]
     assert len({tensor.sum().item() for tensor in weights}) == 3
-    with monkeypatch.context() as patch:
-        patch.setattr(rl.Policy, "sample", record)
-        interleave(whole)
-    assert len({seed for *_, seed in calls}) == 9
     for role in ("instructor", "follower"):
-        first, second, _ = (texts for name, texts, _ in calls if name == role)
+        first, second = (whole.batch(role, whole.seed_questions, step) for step in (0, 1))
         assert len({*first, *second}) == 4, "two steps of two prompts are an epoch"
+    assert len(interleave(whole)) == 9
     cfg = tiny.config(tmp_path, "killed", **ONE_STEP)
     for steps in (4, 9):
         interleave(seif.open_run(cfg), steps)
@@ -176,6 +166,8 @@ def test_missing_verdicts_train_nothing_and_print_why(setup, tmp_path, monkeypat
         assert re.search(f"{role}.* 3 .*without an update; .*no verdict; try --filter rules", text)
     # Answers that are empty or cut off have reward 0, the others none.
     assert all(0 < row["missing"] < 1 and row["reward"] == 0 for row in rows)
+    row = log.step_row([rl.Sample([1], [2], "a", True, answer="a")] * 3, {}, Counter())
+    assert math.isnan(row["reward"]) and row["length"] == 1
 
 
 def test_without_an_accepted_question_there_is_no_follower_step(setup, tmp_path, monkeypatch):
@@ -256,20 +248,26 @@ def test_help_names_every_setting_and_has_the_comments(capsys):
     assert "cut-offanswersgetreward0" in text
 
 
-@pytest.mark.parametrize("words", ["--follower-step 3", "evaluate runs/seif"])
-def test_unknown_flags_and_commands_are_refused(words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        seif.main(words.split())
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("seif.py: error: ") and words.split()[0] in last
+def test_what_the_command_line_does_not_know_is_refused(tmp_path, monkeypatch, capsys):
+    """An unknown flag or command, or a command without a run, which lists the runs."""
+    for words in ("--follower-step 3", "evaluate runs/seif"):
+        with pytest.raises(SystemExit, match="2"):
+            seif.main(words.split())
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("seif.py: error: ") and words.split()[0] in last
+    monkeypatch.chdir(tmp_path)
+    assert "eval needs a run folder; runs: none" in run_command(capsys, ["eval"])
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/config.json").write_text("{}")
+    assert run_command(capsys, ["chat"]).endswith("runs: runs/a")
 
 
 SETTINGS = [
     ("--bits 8", "--bits 8: must be one of 4, 16"),
     ("--penalties brevity", "must be one of length,repetition, length, repetition, ''"),
-    ("--group-size 1", "--group-size 1: must be between 2"),
     ("--lr nan", "--lr nan: must be between 0"),
     ("--hard-fraction 1.5", "between 0 and 1"),
+    ("--group-size 1", "--group-size 1: must be between 2"),
     ("--follower-steps 3,x", "--follower-steps 3,x: must be whole numbers, such as 4,2"),
     ("--judge trusted", "no model is used; add --hard-fraction 0.5"),
     ("--judge-url http://a --judge-model b", "no model is used; add --hard-fraction"),
@@ -296,14 +294,6 @@ def test_a_bad_setting_is_one_clear_line_and_can_be_corrected(setup, monkeypatch
     assert error and seif.open_run(seif.read_config(setup("run")))
 
 
-def test_a_command_without_a_run_lists_the_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert "eval needs a run folder; runs: none" in run_command(capsys, ["eval"])
-    (tmp_path / "runs/a").mkdir(parents=True)
-    (tmp_path / "runs/a/config.json").write_text("{}")
-    assert run_command(capsys, ["chat"]).endswith("runs: runs/a")
-
-
 def step(stage: str = "follower", **fields) -> dict:
     row = {"turn": 1, "stage": stage, "reward": 0.5, "length": 20, "cut": 0.1, "outcomes": {}}
     return {**row, "frac_reward_zero_std": 0, "updates": 1, "skipped": 0, **fields}
@@ -312,6 +302,7 @@ def step(stage: str = "follower", **fields) -> dict:
 IDLE = step(updates=0, outcomes={"no verdict": 3, "answer cut off": 1})
 Q_T = {"turn": 1, "stage": "questions", "top_share": 0.4, "top_category": "no_comma"}
 END = {"turn": 1, "stage": "evaluation"}
+EQUAL = step("instructor", updates=0, outcomes={"rewarded": 4})
 WARNINGS = [
     ([step(cut=0.4)], "40% .*cut off; raise --max-new-tokens"),
     ([step("instructor", cut=0.4)], "raise --max-proposal-tokens"),
@@ -320,10 +311,7 @@ WARNINGS = [
     ([step(), step(frac_reward_zero_std=0.9)], "90% of the .*groups have equal rewards"),
     ([IDLE] * 3, "3 .*steps without an update; 75% of the samples: no verdict; try --filter rules"),
     ([IDLE, END], "1 .*steps without an update; .*no verdict"),
-    (
-        [step("instructor", updates=0, outcomes={"rewarded": 4}), Q_T | {"top_share": 0.1}],
-        "instructor: 1 .*100% of the samples: rewarded; equal rewards; raise --group-size",
-    ),
+    ([EQUAL, Q_T | {"top_share": 0.1}], "instructor: 1 .*100% .*: rewarded; .*raise --group-size"),
     ([Q_T], "40% of q_T's constraints are no_comma"),
 ]
 
@@ -335,24 +323,16 @@ def test_a_step_that_goes_wrong_prints_a_warning(rows, message):
     assert not any(log.warnings(healthy[:n]) for n in range(1, 5))
 
 
-def test_a_step_without_any_reward_has_a_row():
-    samples = [rl.Sample([1], [2], "a", True, answer="a") for _ in range(3)]
-    row = log.step_row(samples, {}, Counter())
-    assert row["reward"] != row["reward"] and row["length"] == 1
-
-
 def test_the_code_cells_of_the_notebook_train_and_show_the_run(setup, tmp_path, monkeypatch):
-    """With commands of the shell as calls."""
     pytest.importorskip("matplotlib")
     notebook = json.loads((Path(seif.__file__).parent / "extras/seif.ipynb").read_text())
     # The folder takes the place of a clone.
     (tmp_path / "seif.py").touch()
     monkeypatch.chdir(tmp_path)
     # matplotlib asks for the version of IPython.
-    package = types.SimpleNamespace(display=(display := Mock()), version_info=(9, 0))
-    monkeypatch.setitem(sys.modules, "IPython", package)
-    monkeypatch.setitem(sys.modules, "IPython.display", display)
-    commands, printed = [], []
+    ipython, commands, printed = Mock(version_info=(9, 0)), [], []
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", ipython.display)
 
     def shell(line: str) -> None:
         """Flags of the tiny run come last, so they win over --quick."""
@@ -368,5 +348,5 @@ def test_the_code_cells_of_the_notebook_train_and_show_the_run(setup, tmp_path, 
             exec(re.sub(r"^( *)!(.*)$", r"\1shell(r'''\2''')", code, flags=re.M), names)
     assert commands[0] == "pip install -q -r requirements.txt matplotlib".split()
     assert [line.split()[0] for line in printed[-1].splitlines()] == ["turn", "base", "1"]
-    display.Image.assert_called_once_with("runs/notebook/plot.png")
+    ipython.display.Image.assert_called_once_with("runs/notebook/plot.png")
     assert Path("runs/notebook/plot.png").read_bytes().startswith(b"\x89PNG")

@@ -24,7 +24,6 @@ def constraint(name: str, *values) -> tuple[str, dict]:
 CHECKS = [
     ("number_words", [3, "at most"], "Two words", "These are four words"),
     ("number_words", [2, "between", 3], "a b c", "a b c d"),
-    ("number_words", [3, "less than"], "two words", "not-two words"),
     ("number_words", [1, "more than"], "two words", "one"),
     ("number_sentences", [2, "exactly"], "Dr. Lee came. He sat.", "Hello."),
     ("number_paragraphs", [2], "*** one\n***\ntwo ***", "one\n\ntwo"),
@@ -58,7 +57,6 @@ CHECKS = [
     ("frequency", [["ha", "ho"], 2, "exactly"], "Ha, ha. Hoho", "ha ha ha ho ho"),
     ("existence", [["sun", "sea"]], "The Sun over the seaside.", "The sun."),
     ("forbidden_words", [["can", "c++"]], "A candle.", "We like C++."),
-    ("forbidden_words", [["!", "?"]], "Fine.", "Great! Really."),
     ("letter_frequency", ["z", 2, "less than"], "Zoo", "zigzag"),
     ("end_checker", ["The end."], 'So it was. the END."', "The end. Or not"),
     ("start_checker", ["Dear sun"], '"**dear Sun**, hello', "Dear sunflower"),
@@ -66,7 +64,6 @@ CHECKS = [
     ("quotation", [], ' "Hi." ', '"Hi.'),
     # Combining marks belong to words, in Hindi and Thai.
     ("forbidden_words", [["कि"]], "यह किताब है।", "मैंने कहा कि हाँ।"),
-    ("start_checker", ["कि"], "कि वह", "किताब"),
     ("highlighted_words", [["क"], False], "*क वह*", "*कि वह*"),
     ("nth_paragraph_first_word", [1, "ที่"], "ที่ นี่", "ที่นี่"),
 ]

@@ -17,16 +17,12 @@ import prompts
 import seif
 from extras import data, run
 
+# fmt: off
 # For conftest.make_model: small enough for seconds; several EOS ids, so that random answers do end.
-MODEL = dict(
-    eos=[258, *range(40)],
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=4096,
-)
+MODEL = {
+    "eos": [258, *range(40)], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
+}
 POOL = [
     "Your answer must not contain any commas.",
     "Your answer must have at most 5 words.",
@@ -35,7 +31,6 @@ POOL = [
     "Your answer must use the letter 'e' at most 1 time.",
     "Your answer must be wrapped in double quotation marks.",
 ]
-# fmt: off
 HELDOUT = [
     {"key": 1, "seed_question": "Say hi.", "prompt": "Say hi.\nUse no commas.",
      "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
@@ -67,20 +62,10 @@ def simplify(patch) -> None:
         patch(module, "FEW_SHOT", 0)
 
 
-def write_inputs(folder: Path) -> None:
-    """Seeds and held-out rows; the model is conftest.make_model's."""
-    (folder / "seeds.txt").write_text("Say hi.\nName a fruit.\n\nCount to three.\nSing.\n")
-    (folder / "heldout.jsonl").write_text(data.to_jsonl(HELDOUT))
-
-
 def flags(folder: Path, out: str, **more) -> list[str]:
-    """The command line of a run in a folder with a model and write_inputs()."""
-    settings = {
-        "out": folder / out,
-        "model": folder / "model",
-        "seed_questions": folder / "seeds.txt",
-        "heldout": folder / "heldout.jsonl",
-    }
+    """The command line of a run in a folder that conftest.prepare() filled."""
+    settings = {"out": folder / out, "model": folder / "model"}
+    settings |= {"seed_questions": folder / "seeds.txt", "heldout": folder / "heldout.jsonl"}
     words = FLAGS.split()
     for name, value in (settings | more).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
