@@ -80,7 +80,6 @@ def make_tokenizer(template: str = CHATML):
 
 
 def make_model(folder, kind: str = "llama", template: str = CHATML, eos=258, **sizes):
-    """A random model folder of the given architecture."""
     name, extra = (KINDS | OTHERS)[kind]
     torch.manual_seed(7)
     config = getattr(transformers, name)(**(SIZES | extra | sizes))
@@ -141,7 +140,6 @@ def prepare(folder, patch) -> None:
 
 @pytest.fixture
 def setup(tmp_path, monkeypatch):
-    """out, settings -> the flags of a run in tmp_path."""
     prepare(tmp_path, monkeypatch)
     return lambda out, **more: tiny.flags(tmp_path, out, **more)
 

@@ -12,6 +12,41 @@ from extras.chat_template import ChatTemplate
 from prompts import extract_answer
 
 EOT, IM_START, IM_END = 256, 257, 258
+RAISES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+DROPS = ("in messages", "in messages if m['role'] != 'system'")
+PARTS = CHATML.replace("m['content']", "m['content'][0]['text']")
+# Whether the system message is merged with the user's.
+TEMPLATES = [
+    (CHATML.replace("m['content']", "(m['content'] | trim)"), False),
+    (RAISES + CHATML, True),
+    (CHATML.replace(*DROPS), True),
+    (PARTS, False),
+    (RAISES + PARTS, True),
+]
+OPENS = CHATML + "{% if add_generation_prompt %}MARK\n{% endif %}"
+# fmt: off
+HARMONY = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
+    "<|channel|>final{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# Special tokens, template (or the start of a thought that it writes), reply, text before a prefill.
+THOUGHTS = [
+    (["<|start|>", "<|end|>", "<|channel|>", "<|message|>"], HARMONY,
+     "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
+     "<|channel|>final<|message|>"),
+    (["<|channel>", "<channel|>"], "<|channel>thought", "Hm.<channel|>Yes.", "<channel|>"),
+    ([], "[THINK]", "Hm.[/THINK]Yes.", "[/THINK]"),
+    (["<think>", "</think>"], "<think>", "Hm.\n</think>\n\nYes.", "\n</think>\n\n"),
+    (["<seed:think>", "</seed:think>"], CHATML, "<seed:think>Hm.</seed:think>Yes.", ""),
+    (["<|inner_prefix|>", "<|inner_suffix|>"], "<|inner_prefix|>", "Hm.<|inner_suffix|>Yes.",
+     "\n<|inner_suffix|>\n\n"),
+    ([], "<|begin_of_thought|>", "Hm.<|end_of_thought|>Yes.", "\n<|end_of_thought|>\n\n"),
+    (["<|think|>", "<|/think|>"], CHATML, "<|think|>Hm.<|/think|>Yes.", ""),
+    # A closed thought of the template's needs no mark.
+    ([], "<think>\n\n</think>", "Yes.", ""),
+]
+# fmt: on
 
 
 def chat_template(template: str = CHATML, tokens=(), special=(), eos=(IM_END,)) -> ChatTemplate:
@@ -19,11 +54,6 @@ def chat_template(template: str = CHATML, tokens=(), special=(), eos=(IM_END,)) 
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in tokens])
     tokenizer.add_tokens([AddedToken(t, special=True) for t in special], special_tokens=True)
     return ChatTemplate(tokenizer, set(eos))
-
-
-def opens(mark: str) -> str:
-    """A template that starts the reply with a thought."""
-    return CHATML + "{% if add_generation_prompt %}" + mark + "\n{% endif %}"
 
 
 def conversation(user: str, *more: tuple[str, str], system: str = "") -> list[dict]:
@@ -41,21 +71,6 @@ def test_special_tokens_in_a_content_are_encoded_as_text():
     assert chat.tokenizer.decode(ids) == "".join(lines) + "<|im_start|>assistant\n"
 
 
-RAISES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
-DROPS = ("in messages", "in messages if m['role'] != 'system'")
-PARTS = CHATML.replace("m['content']", "m['content'][0]['text']")
-
-
-# Whether the system message is merged with the user's.
-TEMPLATES = [
-    (CHATML.replace("m['content']", "(m['content'] | trim)"), False),
-    (RAISES + CHATML, True),
-    (CHATML.replace(*DROPS), True),
-    (PARTS, False),
-    (RAISES + PARTS, True),
-]
-
-
 @pytest.mark.parametrize("template, merged", TEMPLATES)
 def test_every_text_reaches_the_model(template, merged):
     """Also with templates that raise on system messages or drop them, or want contents in parts."""
@@ -70,14 +85,12 @@ def test_every_text_reaches_the_model(template, merged):
         assert prompt == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-LOSING = ["{{ raise_exception('never') }}", "<|im_start|>user\n{{ 'Hello' }}<|im_end|>"]
-LOSING += ["{{ messages[0]['content'] * 2 }}", "{{ messages[0]['content'] + 1 }}"]
-
-
-@pytest.mark.parametrize("template", LOSING)
-def test_a_template_that_loses_the_user_message_is_an_error(template):
-    with pytest.raises(ValueError, match="its chat template loses the user's text"):
-        chat_template(template)
+def test_a_template_that_loses_the_user_message_is_an_error():
+    losing = ["{{ raise_exception('never') }}", "<|im_start|>user\n{{ 'Hello' }}<|im_end|>"]
+    losing += ["{{ messages[0]['content'] * 2 }}", "{{ messages[0]['content'] + 1 }}"]
+    for template in losing:
+        with pytest.raises(ValueError, match="its chat template loses the user's text"):
+            chat_template(template)
 
 
 def test_the_date_in_a_prompt_can_be_fixed():
@@ -107,7 +120,7 @@ def test_an_assistant_prefill_is_tokenised_as_one_string_with_its_prompt():
     # An assistant message that is not the last one is no prefill.
     assert chat.encode(conversation("hi", ("assistant", "ho"), ("user", "go"))).count(IM_END) == 3
     # A prefill that the template writes itself is not repeated.
-    chat = chat_template(opens("<think>"))
+    chat = chat_template(OPENS.replace("MARK", "<think>"))
     messages = conversation("hi", ("assistant", "<think>"))
     assert chat.encode(messages) == chat.encode(messages[:1])
 
@@ -164,33 +177,9 @@ def test_tags_of_the_answer_format_survive_decoding_as_special_tokens(capsys):
     assert think not in chat.encode(conversation("say <think>"))
 
 
-# fmt: off
-HARMONY = (
-    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
-    "<|channel|>final{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
-)
-# Special tokens, template, reply, text before a prefill. The answer is "Yes.".
-THOUGHTS = [
-    (["<|start|>", "<|end|>", "<|channel|>", "<|message|>"], HARMONY,
-     "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
-     "<|channel|>final<|message|>"),
-    (["<|channel>", "<channel|>"], opens("<|channel>thought"), "Hm.<channel|>Yes.", "<channel|>"),
-    ([], opens("[THINK]"), "Hm.[/THINK]Yes.", "[/THINK]"),
-    (["<think>", "</think>"], opens("<think>"), "Hm.\n</think>\n\nYes.", "\n</think>\n\n"),
-    (["<seed:think>", "</seed:think>"], CHATML, "<seed:think>Hm.</seed:think>Yes.", ""),
-    (["<|inner_prefix|>", "<|inner_suffix|>"], opens("<|inner_prefix|>"),
-     "Hm.<|inner_suffix|>Yes.", "\n<|inner_suffix|>\n\n"),
-    ([], opens("<|begin_of_thought|>"), "Hm.<|end_of_thought|>Yes.", "\n<|end_of_thought|>\n\n"),
-    (["<|think|>", "<|/think|>"], CHATML, "<|think|>Hm.<|/think|>Yes.", ""),
-    # A closed thought of the template's needs no mark.
-    ([], opens("<think>\n\n</think>"), "Yes.", ""),
-]
-# fmt: on
-
-
 @pytest.mark.parametrize("special, template, reply, before_prefill", THOUGHTS)
 def test_the_answer_follows_a_thought_in_any_marks(special, template, reply, before_prefill):
+    template = template if "{%" in template else OPENS.replace("MARK", template)
     chat = chat_template(template, special=special)
     ids = chat.tokenizer.encode(reply, add_special_tokens=False)
     assert extract_answer(chat.decode(ids), think=False) == "Yes."

@@ -15,18 +15,6 @@ from prompts import Question
 READ_SEEDS, READ_ROWS = data.read_seed_questions, data.read_eval_rows
 READERS = {"seeds": READ_SEEDS, "questions": data.read_questions, "rows": READ_ROWS}
 WORDS = ["length_constraints:number_words", {"num_words": 9, "relation": "at most"}]
-
-
-def line(**fields) -> str:
-    row = {"seed_question": "a", "kind": "hard", "constraints": ["b"]}
-    return json.dumps(row | fields) + "\n"
-
-
-def row(**fields) -> str:
-    row = {"prompt": "a", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    return json.dumps(row | fields) + "\n"
-
-
 READABLE = [
     ("a.txt", '{"prompt": "x"}\n\n{"seed_question": "y"}\n{"prompt": "x"}\n', ["x", "y"]),
     ("a.txt", '\ufeff\n  {"prompt": null, "question": "x"}', ["x"]),
@@ -42,6 +30,16 @@ READABLE = [
     ("a.csv", "prompt,seed_question\na,b\nc,\n", ["b", "c"]),
     ("a.csv", "prompt,kind\n" + "a" * 132_000 + ",b\n", ["a" * 132_000]),
 ]
+
+
+def line(**fields) -> str:
+    row = {"seed_question": "a", "kind": "hard", "constraints": ["b"]}
+    return json.dumps(row | fields) + "\n"
+
+
+def row(**fields) -> str:
+    row = {"prompt": "a", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    return json.dumps(row | fields) + "\n"
 
 
 @pytest.mark.parametrize("name, content, questions", READABLE)

@@ -25,6 +25,13 @@ from prompts import user
 IDS = torch.arange(30)[None]
 auto = transformers.AutoModelForCausalLM
 load_fp32 = functools.partial(auto.from_pretrained, dtype=torch.float32)
+COMMA, JSON = ("punctuation:no_comma", {}), ("detectable_format:json_format", {})
+BYE = ("startend:end_checker", {"end_phrase": "bye"})
+AT_LEAST = ("length_constraints:number_words", {"num_words": 5, "relation": "at least"})
+AT_MOST = ("length_constraints:number_words", {"num_words": 9, "relation": "at most"})
+LORA = [{}, {"target_modules": ["q_proj", "v_proj"]}, {"use_rslora": True}]
+LORA += [{"alpha_pattern": {"up_proj": 5, "layers.1.self_attn.q_proj": 7}}]
+OTHER = [{"rank_pattern": {"up_proj": 3}}, {"use_dora": True}, {"bias": "all"}]
 
 
 @torch.no_grad()
@@ -84,12 +91,6 @@ def answered_rows(monkeypatch, table) -> list[dict]:
     return rows
 
 
-COMMA, JSON = ("punctuation:no_comma", {}), ("detectable_format:json_format", {})
-BYE = ("startend:end_checker", {"end_phrase": "bye"})
-AT_LEAST = ("length_constraints:number_words", {"num_words": 5, "relation": "at least"})
-AT_MOST = ("length_constraints:number_words", {"num_words": 9, "relation": "at most"})
-
-
 def test_accuracy_and_relevance_by_hand(monkeypatch):
     table = [
         ("Why is glass clear?", "glass is *bye*", True, [COMMA, BYE]),
@@ -124,7 +125,6 @@ def test_figures_that_show_empty_answers(monkeypatch):
         ("When?", "so and so " * 20, True, [COMMA, AT_LEAST], 1.0),
         ("Where?", "Only four words here", True, [COMMA, AT_LEAST], 0.5),
         ("Since when?", "Only four words here", True, [COMMA, AT_MOST], 1.0),
-        # An echo of the constraints, and an empty answer.
         ("Which?", "Say less.\nBe kind.", True, [COMMA, JSON], 0.0),
         ("What?", " ", True, [COMMA, AT_LEAST], 0.0),
     ]
@@ -302,11 +302,6 @@ def test_peft_loads_what_we_save(folders, tmp_path, kind):
         assert_equal_logits(policy, peft.PeftModel.from_pretrained(load_fp32(folder), tmp_path))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(policy.lora)
-
-
-LORA = [{}, {"target_modules": ["q_proj", "v_proj"]}, {"use_rslora": True}]
-LORA += [{"alpha_pattern": {"up_proj": 5, "layers.1.self_attn.q_proj": 7}}]
-OTHER = [{"rank_pattern": {"up_proj": 3}}, {"use_dora": True}, {"bias": "all"}]
 
 
 @pytest.mark.parametrize("settings", [*LORA, *OTHER, {"modules_to_save": ["lm_head"]}], ids=str)

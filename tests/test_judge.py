@@ -92,7 +92,6 @@ LENGTHS = [
     ("Use no commas.", "ガラスは透明です。 Clear?", 5 / 20),
     ("Answer with one of the following options: ('yes', 'no')", "yes", 1),
 ]
-# The last but one has each trigram twice, the last no trigram of words.
 LOOPS = [
     (PROSE, False), ("apple, apple, pear", False), ("The sea is blue. " * 6, True),
     (f"{PROSE} {PROSE}", True), ("हिन्दी" * 200, True),
@@ -229,7 +228,6 @@ def test_no_category_and_no_upper_bound_takes_more_than_its_share_of_q_t():
     counts = Counter()
     commas = [take(counts, "Use no commas.", f"Include the word 'w{i}'.", "x") for i in range(13)]
     assert commas == [""] * 12 + ["too many of one category"] and counts["no_comma"] == 12
-    # The rejected one is not counted.
     assert take(counts, "Use no commas.", "Be kind.", "x") and not take(counts, "Be kind.", "x")
     counts, bound = Counter(), "Answer with at most {} {}."
     mixed = [take(counts, bound.format(50 + i, "words"), "x", "y") for i in range(3)]

@@ -138,7 +138,6 @@ def test_a_wrong_url_model_or_key_is_one_line_at_once(server, status, requests):
 
 
 def verdict(body: dict) -> dict:
-    """Of a judge at chance."""
     p = (len(content(body)) % 9 + 0.5) / 9
     return chat("", {"yes": p, "no": 1 - p})
 

@@ -104,8 +104,6 @@ def test_a_full_disk_is_one_line_and_no_loss(setup, finished, tmp_path, monkeypa
 
 
 class Malice:
-    """A pickle that writes a file when it is loaded."""
-
     def __reduce__(self):
         return Path.write_text, (Path("harm"), "")
 

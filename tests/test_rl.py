@@ -19,6 +19,31 @@ from extras.data import InputError
 from prompts import assistant, user
 
 IM_END = 258
+WEIGHTS, UP, NORM = "model.safetensors", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+ONE, NAN = torch.ones(1), torch.full((64,), math.nan)
+NOT_CAUSAL = "cannot be loaded as a causal language model"
+# Share of the layers' weights without LoRA, counted by hand. 0 for all other kinds.
+LEFT_OUT = {"qwen3-moe": "67%", "moe-after-mlp": "67%", "gpt-oss": "89%", "mamba": "29%"}
+QKVO, MOE = "q_proj k_proj v_proj o_proj", {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# fmt: off
+# Config, its sizes; leaf names of layers with LoRA; the reasons printed for those without.
+PLACES = [
+    # Experts directly in the decoder layer, beside a dense MLP of the same names.
+    ("Gemma4TextConfig", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, **MOE},
+     f"{QKVO} per_layer_input_gate per_layer_projection proj", "experts;"),
+    # Experts in the place that holds attention or a Mamba block in other layers.
+    ("NemotronHConfig",
+     {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "n_routed_experts": 4, **MOE},
+     f"{QKVO} in_proj", "experts, 1 out_proj of a Mamba model"),
+    # Gates with three dimensions are no experts.
+    ("RecurrentGemmaConfig", {"num_hidden_layers": 3, "lru_width": 64},
+     f"{QKVO} gate_proj up_proj down_proj linear_x linear_y linear_out", ""),
+    # A subclass of Linear that computes block by block.
+    ("DeepseekV4Config",
+     {"n_routed_experts": 4, "o_groups": 2, "q_lora_rank": 16, "o_lora_rank": 16, **MOE},
+     "q_a_proj q_b_proj kv_proj o_b_proj", "2 DeepseekV4GroupedLinear with a forward of its own;"),
+]
+# fmt: on
 
 
 @torch.no_grad()
@@ -116,10 +141,6 @@ def test_a_step_changes_its_own_role_and_nothing_else(folders, bits, num_minibat
     assert metrics["updates"] == num_minibatches and metrics["skipped"] == 0 < metrics["grad_norm"]
     assert all(equal(others_before, others)) and not any(equal(before, own))
     assert all(p.grad is None for p in policy.model.parameters())
-
-
-# Share of the layers' weights without LoRA, counted by hand. 0 for all other kinds.
-LEFT_OUT = {"qwen3-moe": "67%", "moe-after-mlp": "67%", "gpt-oss": "89%", "mamba": "29%"}
 
 
 # Weights that 4-bit kernels have no gradient for would train nothing below them.
@@ -296,17 +317,13 @@ def test_a_step_is_the_gradient_of_the_loss_written_out(
     assert (metrics["clipped"] > 0) == (num_minibatches > 1)
 
 
-def test_a_large_gradient_is_scaled_down(policy):
+def test_a_large_gradient_is_scaled_down_and_a_non_finite_one_skipped(policy):
     before, groups = copies(adapter(policy)), rewarded_groups(policy)
     metrics = step(policy, groups, torch.optim.SGD(adapter(policy), lr=1.0), kl_coef=0)
     moved = sum((a - b).square().sum().item() for a, b in zip(before, adapter(policy)))
     assert math.sqrt(moved) == pytest.approx(1.0, rel=1e-2) and metrics["grad_norm"] > 1
     assert "kl" not in metrics and metrics["entropy"] > 0 == metrics["frac_reward_zero_std"]
-
-
-def test_a_non_finite_gradient_is_skipped_and_counted(policy):
-    groups, before = rewarded_groups(policy), copies(adapter(policy))
-    optimizer = torch.optim.AdamW(adapter(policy))
+    optimizer, before = torch.optim.AdamW(adapter(policy)), copies(adapter(policy))
     hook = adapter(policy)[0].register_hook(lambda g: g * math.inf)
     metrics = step(policy, groups, optimizer)
     assert (metrics["skipped"], metrics["updates"]) == (1, 0) and math.isnan(metrics["grad_norm"])
@@ -316,11 +333,6 @@ def test_a_non_finite_gradient_is_skipped_and_counted(policy):
 
 
 # ------------------------------------------------------------ models
-WEIGHTS, UP, NORM = "model.safetensors", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
-ONE, NAN = torch.ones(1), torch.full((64,), math.nan)
-NOT_CAUSAL = "cannot be loaded as a causal language model"
-
-
 def set_config(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
@@ -368,28 +380,6 @@ def test_an_unsupported_model_is_refused_in_one_line(folders, monkeypatch):
     monkeypatch.setattr(rl.LoRALinear, "forward", wrong)
     with pytest.raises(InputError, match=r"does not compute here \(RuntimeError"):
         rl.load(folders("llama"), 16)
-
-
-QKVO, MOE = "q_proj k_proj v_proj o_proj", {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-# fmt: off
-# Config, its sizes; leaf names of layers with LoRA; the reasons printed for those without.
-PLACES = [
-    # Experts directly in the decoder layer, beside a dense MLP of the same names.
-    ("Gemma4TextConfig", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, **MOE},
-     f"{QKVO} per_layer_input_gate per_layer_projection proj", "experts;"),
-    # Experts in the place that holds attention or a Mamba block in other layers.
-    ("NemotronHConfig",
-     {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "n_routed_experts": 4, **MOE},
-     f"{QKVO} in_proj", "experts, 1 out_proj of a Mamba model"),
-    # Gates with three dimensions are no experts.
-    ("RecurrentGemmaConfig", {"num_hidden_layers": 3, "lru_width": 64},
-     f"{QKVO} gate_proj up_proj down_proj linear_x linear_y linear_out", ""),
-    # A subclass of Linear that computes block by block.
-    ("DeepseekV4Config",
-     {"n_routed_experts": 4, "o_groups": 2, "q_lora_rank": 16, "o_lora_rank": 16, **MOE},
-     "q_a_proj q_b_proj kv_proj o_b_proj", "2 DeepseekV4GroupedLinear with a forward of its own;"),
-]
-# fmt: on
 
 
 @pytest.mark.parametrize("name, sizes, leaves, printed", PLACES, ids=[row[0] for row in PLACES])

@@ -25,6 +25,28 @@ from extras.peft_adapters import save_adapter
 from extras.run import Run
 from prompts import Question, prompt_text, user
 
+SETTINGS = [
+    ("--bits 8", "--bits 8: must be one of 4, 16"),
+    ("--penalties brevity", "must be one of length,repetition, length, repetition, ''"),
+    ("--lr nan", "--lr nan: must be between 0"),
+    ("--hard-fraction 1.5", "between 0 and 1"),
+    ("--group-size 1", "--group-size 1: must be between 2"),
+    ("--follower-steps 3,x", "--follower-steps 3,x: must be whole numbers, such as 4,2"),
+    ("--judge trusted", "no model is used; add --hard-fraction 0.5"),
+    ("--judge-url http://a --judge-model b", "no model is used; add --hard-fraction"),
+    ("--judge-model big", "--judge-url and --judge-model: give both"),
+    ("--judge-url a.b/v1 --judge-model c --filter llm", "--judge-url: must be like http://local"),
+    ("--seed-questions no/file", "no/file: cannot be read"),
+    ("--max-prompt-tokens 12", "all seed questions are over 9 tokens; raise --max-prompt-tokens"),
+    ("--max-prompt-tokens 4090", "the Follower may need 4102 tokens, the model's context has 4096"),
+    ("--max-proposal-tokens 4000", "the Instructor may need"),
+    ("--max-new-tokens 1500 --filter llm", "the Judger may need"),
+    ("--lora-rank 99", "--lora-rank 99"),
+    ("--model no/model", "no/model"),
+    ("--init-follower no/folder", "no/folder: not a LoRA adapter"),
+    ("--logger trackio", "pip install trackio"),
+]
+
 
 def test_a_run_of_two_turns_leaves_log_adapters_questions_and_samples(finished):
     rows = rows_of(finished / "log.jsonl")
@@ -34,7 +56,6 @@ def test_a_run_of_two_turns_leaves_log_adapters_questions_and_samples(finished):
     assert all({"reward", "cut", "kl", "grad_norm", "seconds"} <= row.keys() for row in updated)
     trained = tiny.adapters(finished)
     first = {n: t for n, t in trained.items() if n.startswith("turn1") and "lora_B" in n}
-    # B starts at zero.
     roles = {name.split("/")[1] for name in first}
     assert roles == {"instructor", "follower"} == {row["stage"] for row in updated}
     assert all(t.any() and not torch.equal(t, trained[f"turn2{n[5:]}"]) for n, t in first.items())
@@ -262,29 +283,6 @@ def test_what_the_command_line_does_not_know_is_refused(tmp_path, monkeypatch, c
     assert run_command(capsys, ["chat"]).endswith("runs: runs/a")
 
 
-SETTINGS = [
-    ("--bits 8", "--bits 8: must be one of 4, 16"),
-    ("--penalties brevity", "must be one of length,repetition, length, repetition, ''"),
-    ("--lr nan", "--lr nan: must be between 0"),
-    ("--hard-fraction 1.5", "between 0 and 1"),
-    ("--group-size 1", "--group-size 1: must be between 2"),
-    ("--follower-steps 3,x", "--follower-steps 3,x: must be whole numbers, such as 4,2"),
-    ("--judge trusted", "no model is used; add --hard-fraction 0.5"),
-    ("--judge-url http://a --judge-model b", "no model is used; add --hard-fraction"),
-    ("--judge-model big", "--judge-url and --judge-model: give both"),
-    ("--judge-url a.b/v1 --judge-model c --filter llm", "--judge-url: must be like http://local"),
-    ("--seed-questions no/file", "no/file: cannot be read"),
-    ("--max-prompt-tokens 12", "all seed questions are over 9 tokens; raise --max-prompt-tokens"),
-    ("--max-prompt-tokens 4090", "the Follower may need 4102 tokens, the model's context has 4096"),
-    ("--max-proposal-tokens 4000", "the Instructor may need"),
-    ("--max-new-tokens 1500 --filter llm", "the Judger may need"),
-    ("--lora-rank 99", "--lora-rank 99"),
-    ("--model no/model", "no/model"),
-    ("--init-follower no/folder", "no/folder: not a LoRA adapter"),
-    ("--logger trackio", "pip install trackio"),
-]
-
-
 @pytest.mark.parametrize("words, message", SETTINGS)
 def test_a_bad_setting_is_one_clear_line_and_can_be_corrected(setup, monkeypatch, words, message):
     """In the same folder, and in the same notebook, which keeps the error's traceback."""
@@ -326,7 +324,6 @@ def test_a_step_that_goes_wrong_prints_a_warning(rows, message):
 def test_the_code_cells_of_the_notebook_train_and_show_the_run(setup, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     notebook = json.loads((Path(seif.__file__).parent / "extras/seif.ipynb").read_text())
-    # The folder takes the place of a clone.
     (tmp_path / "seif.py").touch()
     monkeypatch.chdir(tmp_path)
     # matplotlib asks for the version of IPython.

@@ -95,6 +95,10 @@ PIECES = ["a", "a, ", "*", "* ", "**_", "'", "\"a' ", "<<", "[", "\n\n", "\n \n-
           "P. S. ", "U.S.A. ", ".", "!?", "A'", "``", "P.", "<<a", "`{", "__a ", "__sea", "**sea ",
           "1. ", "n't", "P.P.S", "PART ", "PART 1", "\n", "- ", "{", '{"a":', "क्\u200d", "\u0301"]
 # fmt: on
+ODD = ["²", "٣", "9" * 400, "\ud800", "''", '""', "(?P<", "[", "\\", "***", "\0", "P.S.", "\u0301"]
+TEXTS = st.text(st.characters(), max_size=80) | st.lists(st.sampled_from(ODD)).map(" ".join)
+LONG = [(piece * 20_000)[:20_000] for piece in PIECES]
+LONG += [f"x{text}x:b. C" for text in LONG]
 
 
 @pytest.mark.parametrize("name, values, good, bad", CHECKS)
@@ -158,10 +162,6 @@ def test_loose_removes_asterisks_and_the_first_or_last_line():
         assert check_loose("", {}, "one\ntwo", verify) is loose
 
 
-ODD = ["²", "٣", "9" * 400, "\ud800", "''", '""', "(?P<", "[", "\\", "***", "\0", "P.S.", "\u0301"]
-TEXTS = st.text(st.characters(), max_size=80) | st.lists(st.sampled_from(ODD)).map(" ".join)
-
-
 @settings(max_examples=20, deadline=None)
 @given(TEXTS, TEXTS)
 def test_no_text_raises(one, two):
@@ -173,10 +173,6 @@ def test_no_text_raises(one, two):
         if validate_kwargs(id, texts) == "":
             assert check(id, texts, two) in (True, False, None)
             assert isinstance(verifiers.find_contradiction([(id, texts), (id, kwargs)]), str)
-
-
-LONG = [(piece * 20_000)[:20_000] for piece in PIECES]
-LONG += [f"x{text}x:b. C" for text in LONG]
 
 
 def is_fast(task) -> bool:

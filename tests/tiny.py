@@ -39,7 +39,6 @@ HELDOUT = [
      "kwargs": [{"num_words": 2, "relation": "at least"}, {}]},
 ]
 # fmt: on
-# Two turns in seconds.
 FLAGS = """
     --bits 16 --turns 2 --prompts-per-step 2 --group-size 4 --instructor-steps 2,1
     --follower-steps 2 --hard-fraction 1.0 --filter rules --min-words 0
@@ -50,7 +49,6 @@ ONE_STEP = {"turns": 1, "instructor_steps": "1", "follower_steps": "1"}
 
 
 def parse(text: str, count: int) -> tuple[list[str], str]:
-    """Takes the place of judge.parse_proposal."""
     draw = random.Random(text)
     return ([], "no json") if draw.random() < 0.2 else (draw.sample(POOL, count), "")
 
@@ -73,7 +71,6 @@ def flags(folder: Path, out: str, **more) -> list[str]:
 
 
 def config(folder: Path, out: str, **more) -> seif.Config:
-    """The same run for seif.train()."""
     return seif.read_config(flags(folder, out, **more))
 
 
@@ -95,12 +92,10 @@ def rows_of(path: Path, stage: str = "") -> list[dict]:
 
 
 def saved_adapters(folder: Path) -> dict[str, dict]:
-    """Role -> tensors of the last saved state."""
     return torch.load(folder / "state.pt", weights_only=True)["adapters"]
 
 
 def assert_equal(a, b) -> None:
-    """The same tensors, to the bit."""
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
