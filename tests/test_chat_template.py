@@ -16,15 +16,12 @@ RAISES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% 
 DROPS = ("in messages", "in messages if m['role'] != 'system'")
 PARTS = CHATML.replace("m['content']", "m['content'][0]['text']")
 # Whether the system message is merged with the user's.
+# fmt: off
 TEMPLATES = [
-    (CHATML.replace("m['content']", "(m['content'] | trim)"), False),
-    (RAISES + CHATML, True),
-    (CHATML.replace(*DROPS), True),
-    (PARTS, False),
-    (RAISES + PARTS, True),
+    (CHATML.replace("m['content']", "(m['content'] | trim)"), False), (PARTS, False),
+    (RAISES + CHATML, True), (CHATML.replace(*DROPS), True), (RAISES + PARTS, True),
 ]
 OPENS = CHATML + "{% if add_generation_prompt %}MARK\n{% endif %}"
-# fmt: off
 HARMONY = (
     "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
     "<|channel|>final{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"

@@ -12,8 +12,7 @@ from extras.verifiers import find_contradiction, validate_kwargs
 
 # fmt: off
 LEAST, MOST, EXACTLY, LESS = "at least", "at most", "exactly", "less than"
-# (sentence, category, values of its first kwargs). Categories without kwargs are parsed in the
-# few-shot examples (test_judge.py).
+# (sentence, category, values of its first kwargs). The few-shot examples (test_judge.py) have more.
 PARSED = [
     ("The response must not exceed 50 words in length.", "number_words", 50, MOST),
     ("Your answer must have 10-20 words.", "number_words", 10, "between", 20),

@@ -108,7 +108,6 @@ def test_half_precision_has_the_values_gradients_and_samples_of_fp32(
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("kind, bits", [("llama", 4), ("qwen2", 16), ("gemma3", 16)])
 def test_captured_steps_pick_the_same_tokens(folders, kind, bits, monkeypatch):
-    """A step that waits for the GPU cannot be captured."""
     policy = rl.load(folders(kind), bits, dtype="fp32")
     policy.add("follower")
     randomise(policy, "follower")

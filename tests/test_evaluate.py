@@ -41,7 +41,6 @@ def assert_equal_logits(policy: rl.Policy, model) -> None:
     torch.testing.assert_close(ours, model.eval()(IDS).logits, rtol=0, atol=1e-4)
 
 
-# ------------------------------------------------------------ figures
 def test_statistics_by_hand(tmp_path):
     strict = lambda *rows: [{"strict": row} for row in rows]
     assert evaluate.interval(strict([True], [True, None])) == (1.0, 1.0)
@@ -163,8 +162,7 @@ def test_the_best_turn_keeps_log_p_and_relevance():
     assert evaluate.best_turn([unknown]).startswith("best turn: 1 ")
 
 
-# ------------------------------------------------------------ a finished run
-def test_open_run_names_what_is_missing(finished, tmp_path, capsys):
+def test_a_command_names_what_its_run_lacks(finished, tmp_path, capsys):
     assert "config.json: cannot be read" in run_command(capsys, ["eval", tmp_path])
     (tmp_path / "config.json").write_text('{"a": 1, "created": "2026-01-31"}')
     assert "config.json: not the settings" in run_command(capsys, ["chat", tmp_path])
@@ -228,14 +226,11 @@ def test_ifbench_through_its_published_checkers(finished, tmp_path, monkeypatch,
     (tmp_path / "data/IFBench_test.jsonl").write_text(json.dumps(row))
     [row], verify = evaluate.ifbench()
     # A checker's own IndexError is a no, not a lack of data.
-    for text, first, second, third in (
-        ("oh ho", True, False, None),
-        ("Say hi.", False, True, None),
-        ("hi", False, False, None),
-        (" ", False, False, False),
-    ):
+    verdicts = {"oh ho": [True, False, None], "Say hi.": [False, True, None]}
+    verdicts |= {"hi": [False, False, None], " ": [False] * 3}
+    for text, expected in verdicts.items():
         record = evaluate.make_record(row, rl.Sample([1], [2], text, True, answer=text), verify)
-        assert record["strict"] == record["loose"] == [first, second, third]
+        assert record["strict"] == record["loose"] == expected
     assert re.search(r"1 rows.*undecided +1\.0", run_command(capsys, command), re.S)
 
 
@@ -288,7 +283,6 @@ def test_merge_gives_the_same_logits(finished, tmp_path, capsys):
     assert "licence applies" in card and "--lr=0.01" in card and "| relevance |" in card
 
 
-# ------------------------------------------------------------ adapters on disk
 @pytest.mark.parametrize("kind", ["llama", "phi3", "qwen3-moe", "moe-after-mlp", "small-rank"])
 def test_peft_loads_what_we_save(folders, tmp_path, kind):
     peft = pytest.importorskip("peft")

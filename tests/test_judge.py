@@ -92,10 +92,6 @@ LENGTHS = [
     ("Use no commas.", "ガラスは透明です。 Clear?", 5 / 20),
     ("Answer with one of the following options: ('yes', 'no')", "yes", 1),
 ]
-LOOPS = [
-    (PROSE, False), ("apple, apple, pear", False), ("The sea is blue. " * 6, True),
-    (f"{PROSE} {PROSE}", True), ("हिन्दी" * 200, True),
-]
 # fmt: on
 
 
@@ -217,9 +213,11 @@ def test_the_length_penalty_lowers_the_reward_of_short_answers(constraint, answe
     assert reward(answer, hard(constraint), "length,repetition", [YES, NO]) == expected
 
 
-@pytest.mark.parametrize("answer, repeats", LOOPS)
-def test_the_repetition_penalty_takes_the_reward_of_a_loop(answer, repeats):
-    assert reward(answer, penalties="repetition") == 1 - repeats and reward(answer) == 1
+def test_the_repetition_penalty_takes_the_reward_of_a_loop():
+    loops = ["The sea is blue. " * 6, f"{PROSE} {PROSE}", "हिन्दी" * 200]
+    for answer in (PROSE, "apple, apple, pear", *loops):
+        assert reward(answer, penalties="repetition") == (answer not in loops)
+        assert reward(answer) == 1
 
 
 def test_no_category_and_no_upper_bound_takes_more_than_its_share_of_q_t():
@@ -288,29 +286,24 @@ def test_the_judge_is_calibrated_on_balanced_cases_with_known_truth():
     assert (ours.filter_mode, ours.trusts_model) == ("llm", True)
 
 
-def test_prompts_put_shared_text_first():
+def test_prompts_that_share_text_put_it_first():
     one, two = (prompts.judge_messages(FRUIT, "fig", c)[0]["content"] for c in ("Hm.", "Be kind."))
     shared = one[: one.rindex("Hm.")]
     assert two.startswith(shared) and "\nfig\n" in shared and FRUIT.instruction in shared
     examples = few_shot_examples("hard")[:3]
     first, second = (prompts.instructor_messages(q, "hard", examples) for q in ("A?", "B?"))
     assert first[:-2] == second[:-2] and "A?" in first[-2]["content"]
-
-
-def test_few_shot_examples_change_between_batches_and_not_within_one():
-    """Otherwise the constraints of q_T would be of few categories."""
+    # Few-shot examples change between batches, else q_T would be of few categories.
     questions, kinds = ["A?"] * 8, ["hard"] * 8
     draw = lambda seed: prompts.instructor_prompts(questions, kinds, 4, random.Random(seed))
     batches = draw(0)
     assert batches[:4] == [batches[0]] * 4 and batches[4:] == [batches[4]] * 4
     assert batches[0] != batches[4] and batches == draw(0) != draw(1)
-    # Every example once before one comes again.
     batches = prompts.instructor_prompts(["A?"] * 9, ["hard"] * 9, 1, random.Random(0))
     assert len({str(m) for batch in batches for m in batch[1:-2:2]}) == 36
 
 
 def test_few_shot_examples_are_sound_and_show_every_category_equally_often():
-    """A small model's proposals have the categories of its examples."""
     for kind, count in NUM_CONSTRAINTS.items():
         for question in few_shot_examples(kind):
             assert rule_filter(question, 128, checkable=True) == "", question

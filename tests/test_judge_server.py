@@ -20,6 +20,7 @@ from prompts import user
 from rl import Policy
 
 KEY, STALL, HANG_UP = "sk-secret", "stall", "hang up"
+TROUBLE = [(429, ""), (500, ""), (200, "<html>"), HANG_UP, STALL]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -109,9 +110,6 @@ def test_fields_that_do_not_work_are_left_out_from_then_on(server):
         server.seen.clear()
         client = fast(server.url, "big")
         assert ask(client, "a") + ask(client, "b") == [p, p] and len(server.seen) == requests
-
-
-TROUBLE = [(429, ""), (500, ""), (200, "<html>"), HANG_UP, STALL]
 
 
 @pytest.mark.parametrize("trouble", TROUBLE)

@@ -74,7 +74,6 @@ def assert_equal_logprobs(found, expected) -> None:
     assert ((found[1] - expected[1]).norm() / expected[1].norm()).item() < 1e-4
 
 
-# ------------------------------------------------------------ packed = plain
 @pytest.mark.parametrize("kind, bits", EXACT)
 def test_packed_equals_plain(both, kind, bits, monkeypatch):
     fast, plain = both(kind, bits)
@@ -107,7 +106,6 @@ def test_nothing_one_token_and_equal_prompts(both):
     assert sample(fast, ["Hi"] * 3) == sample(plain, ["Hi"] * 3)
 
 
-# ------------------------------------------------------------ pack and sample_token
 @settings(deadline=None, max_examples=60, database=None)
 @given(
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), max_size=12),
@@ -145,7 +143,6 @@ def test_sample_token_follows_the_distribution():
         assert tokens.tolist() == [30] * 3 + [packed.INVALID_TOKEN] * 2
 
 
-# ------------------------------------------------------------ self-check
 def branches_attend_to_each_other(row) -> np.ndarray:
     return np.tri(len(row.tokens), row.prefix + len(row.tokens), row.prefix, dtype=bool)
 
@@ -200,7 +197,6 @@ def test_the_self_check_tells_a_wrong_mask_from_rounding(tmp_path, monkeypatch):
     assert type(load(folder, "packed", dtype="bf16").engine) is rl.PlainEngine
 
 
-# ------------------------------------------------------------ memory
 def fail(engine, calls, monkeypatch) -> list[tuple]:
     """These forward passes run out of memory. Returns the limits at each, a list that grows."""
     tried, forward = [], engine._forward
@@ -241,7 +237,6 @@ def test_layers_are_recomputed_as_far_as_activations_do_not_fit(both, monkeypatc
         assert recomputed.call_count == calls
 
 
-# ------------------------------------------------------------ CUDA graphs
 def rerun(work, pool) -> Mock:
     return Mock(replay=Mock(side_effect=work))
 
@@ -267,7 +262,6 @@ def test_samples_do_not_depend_on_slots_rows_eos_checks_and_graphs(
         assert sample(fast, n=4, limit=20) == expected
         assert sum(graph.replay.call_count for graph in graphs) > 2 * len(graphs) > 2
         graphs.clear()
-    # One slot where keys and values hardly fit.
     monkeypatch.setattr(fast.engine, "memory_limit", lambda: 1.0)
     assert sample(fast, n=4, limit=20) == expected
 

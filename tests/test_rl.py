@@ -93,7 +93,6 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[bool]:
     return [torch.equal(x, y) for x, y in zip(a, b, strict=True)]
 
 
-# ------------------------------------------------------------ LoRA and roles
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_role_adds_its_scaled_low_rank_update_to_the_base_model(folders, bits):
     """Without a role, or while its B is zero, it is the base model bit for bit. Roles nest."""
@@ -167,7 +166,6 @@ def test_every_kind_is_adapted_samples_scores_and_trains(folders, kind, capsys):
     assert moved.isfinite().all() and moved.any()
 
 
-# ------------------------------------------------------------ sampling and verdicts
 @pytest.mark.parametrize("engine", ["plain", "packed"])
 def test_samples_end_with_an_eos_or_at_the_limit(folders, engine):
     policy = rl.load(folders("llama"), 16, engine=engine, dtype="fp32")
@@ -229,7 +227,6 @@ def test_an_optimizer_step_that_is_out_of_memory_is_not_repeated(folders, monkey
         step(policy, groups, optimizer)
 
 
-# ------------------------------------------------------------ GRPO
 def test_advantages_by_hand():
     std = math.sqrt(3) / 4 + 1e-6
     expected = {"grpo": (0.75 / std, -0.25 / std), "rloo": (1, -1 / 3), "dr_grpo": (0.75, -0.25)}
@@ -332,7 +329,6 @@ def test_a_large_gradient_is_scaled_down_and_a_non_finite_one_skipped(policy):
     assert step(policy, groups, optimizer)["updates"] == 1
 
 
-# ------------------------------------------------------------ models
 def set_config(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))

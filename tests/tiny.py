@@ -91,10 +91,6 @@ def rows_of(path: Path, stage: str = "") -> list[dict]:
     return [row for _, row in data.read_jsonl(path) if stage in ("", row.get("stage"))]
 
 
-def saved_adapters(folder: Path) -> dict[str, dict]:
-    return torch.load(folder / "state.pt", weights_only=True)["adapters"]
-
-
 def assert_equal(a, b) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
