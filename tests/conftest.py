@@ -95,7 +95,6 @@ def make_model(folder, kind: str = "llama", template: str = CHATML, eos=258, **s
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """kind -> model folder, each made once."""
     return functools.cache(lambda kind: make_model(tmp_path_factory.mktemp(kind), kind))
 
 

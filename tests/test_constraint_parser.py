@@ -39,7 +39,6 @@ PARSED = [
     ("Write your answer in Dutch, no other language is allowed.", "response_language", "nl"),
     ("Your answer must be written without using any commas.", "no_comma"),
     ("The word 'pot' should appear at least twice.", "frequency", "pot", 2, LEAST),
-    ("Use the words 'red' and 'blue' 2 times each.", "frequency", ["red", "blue"], 2, EXACTLY),
     ("Include the words 'save' and \"spend\" in your response.", "existence", ["save", "spend"]),
     ("Include the exact text 'He came.'", "existence", ["He came."]),
     ("Your answer may not include the word 'sun'.", "forbidden_words", ["sun"]),
@@ -59,8 +58,7 @@ PARSED = [
 ]
 NOT_PARSED = [
     # A quotation is not an instruction.
-    '"Use no commas."', "'Use no commas.'", "“Use no commas.”", "- `Use no commas`", "'a', 'b'",
-    "Please 'use no commas'.", "Your answer must be 'yes'.",
+    "“No commas.”", "- `Use no commas`", "Please 'use no commas'.", "Your answer must be 'yes'.",
     # No part, or only a part, of the sentence is a known constraint.
     "Use a formal tone.", "Your answer must be small.", "", "Answer in French verse.",
     "Use exactly 3 bullet points, each under 10 words.", "Do not use commas to separate the items.",

@@ -13,8 +13,7 @@ from extras import self_check
 
 # A build without CUDA may be told that it has a GPU.
 HAS_GPU = bool(torch.version.cuda) and torch.cuda.is_available()
-# type -> compute capability of a card that has it, and how far rounding may move a log-probability,
-# a gradient's direction (1 - cosine) and its length.
+# type -> a card's compute capability, how far rounding may move log p, 1 - cosine, gradient norm.
 CARDS = {"bf16": ((8, 9), 0.2, 0.01, 0.15), "fp16": ((7, 5), 0.04, 5e-4, 0.02)}
 
 
@@ -25,7 +24,6 @@ def random_ids(*lengths: int) -> list[list[int]]:
 
 @pytest.fixture(scope="module", params=CARDS)
 def card(request):
-    """A card that computes in bf16, and an older one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: CARDS[request.param][0])
         yield request.param

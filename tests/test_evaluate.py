@@ -162,21 +162,6 @@ def test_the_best_turn_keeps_log_p_and_relevance():
     assert evaluate.best_turn([unknown]).startswith("best turn: 1 ")
 
 
-def test_a_command_names_what_its_run_lacks(finished, tmp_path, capsys):
-    assert "config.json: cannot be read" in run_command(capsys, ["eval", tmp_path])
-    (tmp_path / "config.json").write_text('{"a": 1, "created": "2026-01-31"}')
-    assert "config.json: not the settings" in run_command(capsys, ["chat", tmp_path])
-    (tmp_path / "config.json").write_text('{"created": "2026-01-31"}')
-    assert "turn 1 is not finished; python" in run_command(capsys, ["merge", tmp_path])
-    # An adapter without its evaluation is no finished turn.
-    shutil.copytree(finished, tmp_path / "run")
-    lines = (finished / "log.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "run" / "log.jsonl").write_text("".join(lines[:-1]))
-    settings = (finished / "config.json").read_text()
-    _, policy, turn = evaluate.open_run(seif.Config, seif.load_policy, tmp_path / "run")
-    assert turn == 1 and f'"created": "{policy.chat.date}"' in settings
-
-
 def test_eval_prints_figures_and_writes_the_answers(finished, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
     text = run_command(capsys, ["eval", finished, "--paired", "--out", out])
@@ -234,7 +219,7 @@ def test_ifbench_through_its_published_checkers(finished, tmp_path, monkeypatch,
     assert re.search(r"1 rows.*undecided +1\.0", run_command(capsys, command), re.S)
 
 
-def test_a_command_that_cannot_work_ends_in_one_line(finished, capsys):
+def test_a_command_that_cannot_work_ends_in_one_line(finished, tmp_path, capsys):
     for command, text in (
         ("eval {} --rows -1", "at least 0"),
         ("eval {} --ifbench --data x", "leave out --data"),
@@ -247,6 +232,18 @@ def test_a_command_that_cannot_work_ends_in_one_line(finished, capsys):
         ("merge {} --out .", "exists; give a new folder"),
     ):
         assert text in run_command(capsys, command.format(finished).split())
+    assert "config.json: cannot be read" in run_command(capsys, ["eval", tmp_path])
+    (tmp_path / "config.json").write_text('{"a": 1, "created": "2026-01-31"}')
+    assert "config.json: not the settings" in run_command(capsys, ["chat", tmp_path])
+    (tmp_path / "config.json").write_text('{"created": "2026-01-31"}')
+    assert "turn 1 is not finished; python" in run_command(capsys, ["merge", tmp_path])
+    # An adapter without its evaluation is no finished turn.
+    shutil.copytree(finished, tmp_path / "run")
+    lines = (finished / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "log.jsonl").write_text("".join(lines[:-1]))
+    settings = (finished / "config.json").read_text()
+    _, policy, turn = evaluate.open_run(seif.Config, seif.load_policy, tmp_path / "run")
+    assert turn == 1 and f'"created": "{policy.chat.date}"' in settings
 
 
 @pytest.mark.parametrize("flag, role", [("--base", None), ("--turn=2", "follower")])

@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest.mock import Mock
 
 import pytest
-import tiny
 from tiny import ONE_STEP, rows_of, run_command
 
 import extras.run
@@ -20,6 +19,7 @@ from prompts import user
 from rl import Policy
 
 KEY, STALL, HANG_UP = "sk-secret", "stall", "hang up"
+fast = functools.partial(judge_server.JudgeServer, timeout=5, attempts=3, backoff=0.01)
 TROUBLE = [(429, ""), (500, ""), (200, "<html>"), HANG_UP, STALL]
 
 
@@ -63,9 +63,6 @@ def chat(text, top=None, **message) -> dict:
     return {"choices": [choice | {"logprobs": top and {"content": [{"top_logprobs": logprobs}]}}]}
 
 
-fast = functools.partial(judge_server.JudgeServer, timeout=5, attempts=3, backoff=0.01)
-
-
 def ask(client, texts) -> list[float]:
     return client.ask([[user(str(text))] for text in texts])
 
@@ -86,7 +83,6 @@ REPLIES = [
 
 
 def test_p_yes_is_by_the_first_token_or_the_first_word(server):
-    """All are asked at once, and the answers are in order."""
     together = threading.Barrier(len(REPLIES))
 
     def reply(body):
@@ -161,4 +157,4 @@ def test_a_run_judged_by_a_server_outlives_it(setup, server, tmp_path, monkeypat
     assert not any(KEY.encode() in file for file in files)
     assert KEY not in "".join([text, *capsys.readouterr()])
     # The prompts of a server's Judger need not fit the local model.
-    seif.open_run(tiny.config(tmp_path, "long", **more, judge_url=moved, max_new_tokens=1500))
+    seif.open_run(seif.read_config(setup("long", **more, judge_url=moved, max_new_tokens=1500)))

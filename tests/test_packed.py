@@ -172,9 +172,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_model_that_is_not_packed_exactly_takes_the_plain_engine(
-    folders, fault, dtype, monkeypatch, capsys
-):
+def test_an_inexact_engine_is_refused_at_load(folders, fault, dtype, monkeypatch, capsys):
     kind, *replaced = FAULTS[fault]
     if replaced:
         monkeypatch.setattr(*replaced)
@@ -243,9 +241,7 @@ def rerun(work, pool) -> Mock:
 
 @pytest.mark.parametrize("min_prefix", [1, 128])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_samples_do_not_depend_on_slots_rows_eos_checks_and_graphs(
-    both, kind, min_prefix, monkeypatch
-):
+def test_samples_do_not_depend_on_slots_rows_and_graphs(both, kind, min_prefix, monkeypatch):
     monkeypatch.setattr(packed, "MIN_SHARED_PREFIX", min_prefix)
     monkeypatch.setattr(packed, "GRAPH_COLUMNS", 16)
     monkeypatch.setattr(packed, "capture", lambda *a: graphs.append(rerun(*a)) or graphs[-1])

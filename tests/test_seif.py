@@ -78,7 +78,7 @@ def test_a_run_of_two_turns_leaves_log_adapters_questions_and_samples(finished):
 def test_train_from_python_resumes_after_ctrl_c_and_logs(setup, tmp_path, monkeypatch, capsys):
     """A notebook keeps the traceback, and so the objects of the interrupted run."""
     monkeypatch.setitem(sys.modules, "wandb", wandb := Mock())
-    cfg = tiny.config(tmp_path, "run", **ONE_STEP, kl_coef=0, logger="wandb")
+    cfg = seif.read_config(setup("run", **ONE_STEP, kl_coef=0, logger="wandb"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as interrupt:
         patch.setattr(Run, "finish_step", Mock(side_effect=KeyboardInterrupt))
         seif.train(cfg)
@@ -121,14 +121,14 @@ def interleave(run: Run, steps: int = 9) -> set[int]:
 
 def test_a_fork_with_interleaved_stages_and_a_third_role(setup, tmp_path, monkeypatch):
     monkeypatch.setattr(seif, "TRAINED_ROLES", ["instructor", "follower", "critic"])
-    whole = seif.open_run(tiny.config(tmp_path, "whole", **ONE_STEP))
+    whole = seif.open_run(seif.read_config(setup("whole", **ONE_STEP)))
     weights = [next(iter(whole.policy.tensors(role).values())) for role in whole.optimizers]
     assert len({tensor.sum().item() for tensor in weights}) == 3
     for role in ("instructor", "follower"):
         first, second = (whole.batch(role, whole.seed_questions, step) for step in (0, 1))
         assert len({*first, *second}) == 4, "two steps of two prompts are an epoch"
     assert len(interleave(whole)) == 9
-    cfg = tiny.config(tmp_path, "killed", **ONE_STEP)
+    cfg = seif.read_config(setup("killed", **ONE_STEP))
     for steps in (4, 9):
         interleave(seif.open_run(cfg), steps)
     assert len(rows_of(tmp_path / "killed/log.jsonl")) == 9
@@ -168,7 +168,7 @@ def test_the_snapshot_follower_filters_and_judges_soft_questions(setup, tmp_path
 def test_a_model_that_is_not_reliable_is_not_used(setup, tmp_path, monkeypatch, capsys):
     """It says 0.5 to everything, and is asked in the calibration alone."""
     monkeypatch.setattr(Run, "ask", ask := Mock(side_effect=lambda prompts: [0.5] * len(prompts)))
-    cfg = tiny.config(tmp_path, "run", **ONE_STEP, hard_fraction=0.5, filter="llm")
+    cfg = seif.read_config(setup("run", **ONE_STEP, hard_fraction=0.5, filter="llm"))
     seif.train(cfg)
     text = "".join(capsys.readouterr())
     assert re.search("Judger: AUC 0.50 .*the model does not judge.*filter is rules", text, re.S)
@@ -221,7 +221,7 @@ def test_the_kl_reference_of_the_follower(setup, tmp_path, monkeypatch):
     void = {"updates": 0, "skipped": 1, "frac_reward_zero_std": 0.0}
     monkeypatch.setattr(extras.run, "grpo_step", step := Mock(return_value=void))
     for setting, reference in (("base", None), ("turn", "ref_follower")):
-        with seif.open_run(tiny.config(tmp_path, setting, kl_reference=setting)) as run:
+        with seif.open_run(seif.read_config(setup(setting, kl_reference=setting))) as run:
             for role in ["instructor", "follower"] * 2:
                 run.update(role, [], 1.0)
             with pytest.raises(data.InputError, match="5 steps without a finite .*--lr"):
@@ -234,13 +234,13 @@ def test_without_a_number_of_steps_a_stage_takes_epochs(setup, tmp_path, capsys)
     """SEIF's front-loading: three epochs for the Follower in turn 1, one afterwards."""
     data.append_text(tmp_path / "seeds.txt", "word " * 3000)
     epochs = {"instructor_steps": "", "follower_steps": "", "prompts_per_step": 3}
-    with seif.open_run(tiny.config(tmp_path, "run", **epochs)) as run:
+    with seif.open_run(seif.read_config(setup("run", **epochs))) as run:
         assert "5 seed questions, 1 too long and skipped" in capsys.readouterr().out
         assert [run.num_steps("instructor", turn) for turn in (1, 2)] == [2, 2]
         # q_T has a question per seed question at the most, here 4 of 7.
         assert [run.num_steps("follower", turn) for turn in (1, 2)] == [4, 2]
         assert [run.num_steps("follower", turn, 7) for turn in (1, 2, 3)] == [7, 3, 3]
-    fixed = tiny.config(tmp_path, "fixed", instructor_steps="5,3", follower_steps="4")
+    fixed = seif.read_config(setup("fixed", instructor_steps="5,3", follower_steps="4"))
     with seif.open_run(fixed) as run:
         assert [run.num_steps("instructor", turn) for turn in (1, 2, 3)] == [5, 3, 3]
         assert [run.num_steps("follower", turn, n) for turn, n in ((1, 7), (2, 0))] == [4, 0]
@@ -261,22 +261,19 @@ def test_presets_are_overridden_from_left_to_right(monkeypatch):
         seif.validate(paper), seif.validate(quick), seif.validate(read(""))
 
 
-def test_help_names_every_setting_and_has_the_comments(capsys):
+def test_help_names_every_setting_and_unknown_words_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         seif.main(["--help"])
     text = "".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(seif.Config):
         assert f"--{field.name.replace('_', '-')}" in text
     assert "cut-offanswersgetreward0" in text
-
-
-def test_what_the_command_line_does_not_know_is_refused(tmp_path, monkeypatch, capsys):
-    """An unknown flag or command, or a command without a run, which lists the runs."""
     for words in ("--follower-step 3", "evaluate runs/seif"):
         with pytest.raises(SystemExit, match="2"):
             seif.main(words.split())
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("seif.py: error: ") and words.split()[0] in last
+    # A command without a run lists the runs.
     monkeypatch.chdir(tmp_path)
     assert "eval needs a run folder; runs: none" in run_command(capsys, ["eval"])
     (tmp_path / "runs/a").mkdir(parents=True)

@@ -4,6 +4,7 @@ A random model never writes JSON: its proposals are read as three constraints th
 at random. All else, sampling, judging, rewards, updates, files, is the real thing.
 """
 
+import functools
 import os
 import random
 import sys
@@ -24,8 +25,7 @@ MODEL = {
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
 }
 POOL = [
-    "Your answer must not contain any commas.",
-    "Your answer must have at most 5 words.",
+    "Your answer must not contain any commas.", "Your answer must have at most 5 words.",
     "Your answer must be in all lowercase letters.",
     "Your answer must use the letter 'a' at least 2 times.",
     "Your answer must use the letter 'e' at most 1 time.",
@@ -41,10 +41,11 @@ HELDOUT = [
 # fmt: on
 FLAGS = """
     --bits 16 --turns 2 --prompts-per-step 2 --group-size 4 --instructor-steps 2,1
-    --follower-steps 2 --hard-fraction 1.0 --filter rules --min-words 0
-    --temperature 1.0 --kl-coef 0.01 --max-new-tokens 12 --max-proposal-tokens 8
-    --max-prompt-tokens 2000 --lr 1e-2 --num-minibatches 2 --no-think
+    --follower-steps 2 --hard-fraction 1.0 --filter rules --min-words 0 --temperature 1.0
+    --kl-coef 0.01 --max-new-tokens 12 --max-proposal-tokens 8 --max-prompt-tokens 2000
+    --lr 1e-2 --num-minibatches 2 --no-think
 """
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 ONE_STEP = {"turns": 1, "instructor_steps": "1", "follower_steps": "1"}
 
 
@@ -61,17 +62,12 @@ def simplify(patch) -> None:
 
 
 def flags(folder: Path, out: str, **more) -> list[str]:
-    """The command line of a run in a folder that conftest.prepare() filled."""
     settings = {"out": folder / out, "model": folder / "model"}
     settings |= {"seed_questions": folder / "seeds.txt", "heldout": folder / "heldout.jsonl"}
     words = FLAGS.split()
     for name, value in (settings | more).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     return words
-
-
-def config(folder: Path, out: str, **more) -> seif.Config:
-    return seif.read_config(flags(folder, out, **more))
 
 
 def run_command(capsys, argv: list) -> str:
@@ -89,10 +85,6 @@ def run_command(capsys, argv: list) -> str:
 def rows_of(path: Path, stage: str = "") -> list[dict]:
     """The rows of a file of JSON lines, or a log's rows of one stage."""
     return [row for _, row in data.read_jsonl(path) if stage in ("", row.get("stage"))]
-
-
-def assert_equal(a, b) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def adapters(folder: Path) -> dict:
