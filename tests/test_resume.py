@@ -86,6 +86,7 @@ def test_a_finished_run_trains_no_more_and_more_turns_go_on(setup, finished, tmp
 
 
 def test_a_full_disk_is_one_line_and_no_loss(setup, finished, tmp_path, monkeypatch, capsys):
+    """One file after the other can only be written by half."""
     real = data._write
     for name in ("state.pt", "questions.jsonl", "model.safetensors", "samples.md", "log.jsonl"):
 
@@ -110,6 +111,7 @@ class Malice:
 
 
 def test_a_damaged_file_is_one_line_and_no_loss(setup, finished, tmp_path, monkeypatch, capsys):
+    """In a run that was stopped in its second turn, with q_T written."""
     monkeypatch.chdir(tmp_path)
     argv, run = setup("run"), tmp_path / "run"
     assert seif.main(setup("run", turns=1)) == 0

@@ -96,10 +96,8 @@ def test_train_from_python_resumes_after_ctrl_c_and_logs(setup, tmp_path, monkey
 def interleave(run: Run, steps: int = 9) -> set[int]:
     """A fork: a step of each role in turn, and a third role, the critic. The steps' seeds."""
     run.start_turn()
-    questions, seeds = (
-        [Question(q, "hard", tuple(tiny.POOL[:3])) for q in run.seed_questions],
-        set(),
-    )
+    questions = [Question(q, "hard", tuple(tiny.POOL[:3])) for q in run.seed_questions]
+    seeds = set()
     for i in range(steps):
         role = seif.TRAINED_ROLES[i % 3]
         for step in run.remaining(role, 1):
@@ -298,7 +296,7 @@ def step(stage: str = "follower", **fields) -> dict:
 IDLE = step(updates=0, outcomes={"no verdict": 3, "answer cut off": 1})
 Q_T = {"turn": 1, "stage": "questions", "top_share": 0.4, "top_category": "no_comma"}
 END = {"turn": 1, "stage": "evaluation"}
-EQUAL = step("instructor", updates=0, outcomes={"rewarded": 4})
+EQUAL = [step("instructor", updates=0, outcomes={"rewarded": 4}), Q_T | {"top_share": 0.1}]
 WARNINGS = [
     ([step(cut=0.4)], "40% .*cut off; raise --max-new-tokens"),
     ([step("instructor", cut=0.4)], "raise --max-proposal-tokens"),
@@ -307,7 +305,7 @@ WARNINGS = [
     ([step(), step(frac_reward_zero_std=0.9)], "90% of the .*groups have equal rewards"),
     ([IDLE] * 3, "3 .*steps without an update; 75% of the samples: no verdict; try --filter rules"),
     ([IDLE, END], "1 .*steps without an update; .*no verdict"),
-    ([EQUAL, Q_T | {"top_share": 0.1}], "instructor: 1 .*100% .*: rewarded; .*raise --group-size"),
+    (EQUAL, "instructor: 1 .*100% of the samples: rewarded; equal rewards; raise --group-size"),
     ([Q_T], "40% of q_T's constraints are no_comma"),
 ]
 
