@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 # Tiny models have nothing to share among threads; the suite runs in two processes instead.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import rl
 import seif
+from extras import data
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """The whole suite takes two processes, where pytest-xdist is there to run them."""
-    whole = all(Path(name).is_dir() for name in config.args) and not config.option.keyword
     # One of those processes comes by here, too.
-    if hasattr(config, "workerinput") or not config.pluginmanager.hasplugin("xdist"):
-        return
-    if whole and config.option.numprocesses is None:
+    starts = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
+    whole = all(Path(name).is_dir() for name in config.args) and not config.option.keyword
+    if starts and whole and config.option.numprocesses is None:
         config.option.numprocesses = 0 if config.option.usepdb else 2
 
 
@@ -35,46 +36,33 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SIZES = dict(
-    vocab_size=264,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=2048,
-    bos_token_id=256,
-    eos_token_id=258,
-    pad_token_id=258,
-)
+# fmt: off
+SIZES = {
+    "vocab_size": 264, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 2048, "bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 258,
+}
 LOCAL = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # Architectures by what sets them apart: biases, fused projections, query norms, windows, logits
 # that are scaled or capped, sinks, experts. Those of OTHERS convolve or add a bias by distance.
 KINDS = {
-    "llama": ("LlamaConfig", {}),
-    "smollm2": ("LlamaConfig", {"tie_word_embeddings": True}),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {}),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
-    "mistral-window": ("MistralConfig", {"sliding_window": 8}),
-    "gemma3": ("Gemma3TextConfig", LOCAL),
+    "llama": ("LlamaConfig", {}), "smollm2": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {}), "qwen3": ("Qwen3Config", {}), "cohere": ("CohereConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}), "phi": ("PhiConfig", {}),
+    "mistral-window": ("MistralConfig", {"sliding_window": 8}), "phi3": ("Phi3Config", {}),
+    "gemma3": ("Gemma3TextConfig", LOCAL), "olmo3": ("Olmo3Config", LOCAL),
     "gemma2": ("Gemma2Config", LOCAL | {"query_pre_attn_scalar": 16}),
-    "phi": ("PhiConfig", {}),
-    "phi3": ("Phi3Config", {}),
-    "olmo3": ("Olmo3Config", LOCAL),
     "granite": ("GraniteConfig", {"logits_scaling": 2.0, "embedding_multiplier": 3.0}),
-    "cohere": ("CohereConfig", {}),
     "qwen3-moe": ("Qwen3MoeConfig", EXPERTS),
     "gpt-oss": ("GptOssConfig", LOCAL | {"num_local_experts": 4}),
 }
 OTHERS = {
     "moe-after-mlp": ("Qwen3MoeConfig", EXPERTS | {"mlp_only_layers": [0]}),
-    "mamba": ("MambaConfig", {}),
+    "mamba": ("MambaConfig", {}), "bloom": ("BloomConfig", {}),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
-    "bloom": ("BloomConfig", {}),
 }
+# fmt: on
 
 
 def make_tokenizer(template: str = CHATML):
@@ -92,7 +80,6 @@ def make_tokenizer(template: str = CHATML):
 
 
 def make_model(folder, kind: str = "llama", template: str = CHATML, eos=258, **sizes):
-    """A random model folder of the given architecture."""
     name, extra = (KINDS | OTHERS)[kind]
     torch.manual_seed(7)
     config = getattr(transformers, name)(**(SIZES | extra | sizes))
@@ -108,15 +95,7 @@ def make_model(folder, kind: str = "llama", template: str = CHATML, eos=258, **s
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """kind -> model folder, each made once."""
-    made = {}
-
-    def get(kind: str) -> str:
-        if kind not in made:
-            made[kind] = make_model(tmp_path_factory.mktemp(kind), kind)
-        return made[kind]
-
-    return get
+    return functools.cache(lambda kind: make_model(tmp_path_factory.mktemp(kind), kind))
 
 
 @pytest.fixture
@@ -143,16 +122,23 @@ def randomise(policy, role: str, seed: int = 3) -> None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
+def load_trained(folder: str, engine="plain", *args, **options) -> rl.Policy:
+    """load_cpu() with an adapter `follower` that changes the output."""
+    policy = load_cpu(folder, engine, *args, **options)
+    randomise(policy, "follower")
+    return policy
+
+
 def prepare(folder, patch) -> None:
     """A tiny model, seed questions and held-out rows for a run (tests/tiny.py)."""
     tiny.simplify(patch.setattr)
     make_model(folder / "model", **tiny.MODEL)
-    tiny.write_inputs(folder)
+    (folder / "seeds.txt").write_text("Say hi.\nName a fruit.\n\nCount to three.\nSing.\n")
+    (folder / "heldout.jsonl").write_text(data.to_jsonl(tiny.HELDOUT))
 
 
 @pytest.fixture
 def setup(tmp_path, monkeypatch):
-    """out, settings -> the flags of a run in tmp_path."""
     prepare(tmp_path, monkeypatch)
     return lambda out, **more: tiny.flags(tmp_path, out, **more)
 

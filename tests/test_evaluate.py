@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import load_cpu, randomise
+from conftest import load_trained
 from safetensors.torch import load, save
 from tiny import rows_of, run_command
 
@@ -25,13 +25,13 @@ from prompts import user
 IDS = torch.arange(30)[None]
 auto = transformers.AutoModelForCausalLM
 load_fp32 = functools.partial(auto.from_pretrained, dtype=torch.float32)
-
-
-def load_trained(folder: str, rank: int = 8) -> rl.Policy:
-    """With an adapter `follower` that changes the output."""
-    policy = load_cpu(folder, "plain", rank=rank)
-    randomise(policy, "follower")
-    return policy
+COMMA, JSON = ("punctuation:no_comma", {}), ("detectable_format:json_format", {})
+BYE = ("startend:end_checker", {"end_phrase": "bye"})
+AT_LEAST = ("length_constraints:number_words", {"num_words": 5, "relation": "at least"})
+AT_MOST = ("length_constraints:number_words", {"num_words": 9, "relation": "at most"})
+LORA = [{}, {"target_modules": ["q_proj", "v_proj"]}, {"use_rslora": True}]
+LORA += [{"alpha_pattern": {"up_proj": 5, "layers.1.self_attn.q_proj": 7}}]
+OTHER = [{"rank_pattern": {"up_proj": 3}}, {"use_dora": True}, {"bias": "all"}]
 
 
 @torch.no_grad()
@@ -41,7 +41,6 @@ def assert_equal_logits(policy: rl.Policy, model) -> None:
     torch.testing.assert_close(ours, model.eval()(IDS).logits, rtol=0, atol=1e-4)
 
 
-# ------------------------------------------------------------ figures
 def test_statistics_by_hand(tmp_path):
     strict = lambda *rows: [{"strict": row} for row in rows]
     assert evaluate.interval(strict([True], [True, None])) == (1.0, 1.0)
@@ -91,12 +90,6 @@ def answered_rows(monkeypatch, table) -> list[dict]:
     return rows
 
 
-COMMA, JSON = ("punctuation:no_comma", {}), ("detectable_format:json_format", {})
-BYE = ("startend:end_checker", {"end_phrase": "bye"})
-AT_LEAST = ("length_constraints:number_words", {"num_words": 5, "relation": "at least"})
-AT_MOST = ("length_constraints:number_words", {"num_words": 9, "relation": "at most"})
-
-
 def test_accuracy_and_relevance_by_hand(monkeypatch):
     table = [
         ("Why is glass clear?", "glass is *bye*", True, [COMMA, BYE]),
@@ -131,7 +124,6 @@ def test_figures_that_show_empty_answers(monkeypatch):
         ("When?", "so and so " * 20, True, [COMMA, AT_LEAST], 1.0),
         ("Where?", "Only four words here", True, [COMMA, AT_LEAST], 0.5),
         ("Since when?", "Only four words here", True, [COMMA, AT_MOST], 1.0),
-        # An echo of the constraints, and an empty answer.
         ("Which?", "Say less.\nBe kind.", True, [COMMA, JSON], 0.0),
         ("What?", " ", True, [COMMA, AT_LEAST], 0.0),
     ]
@@ -172,22 +164,6 @@ def test_the_best_turn_keeps_log_p_and_relevance():
     assert evaluate.best_turn([unknown]).startswith("best turn: 1 ")
 
 
-# ------------------------------------------------------------ a finished run
-def test_open_run_names_what_is_missing(finished, tmp_path, capsys):
-    assert "config.json: cannot be read" in run_command(capsys, ["eval", tmp_path])
-    (tmp_path / "config.json").write_text('{"a": 1, "created": "2026-01-31"}')
-    assert "config.json: not the settings" in run_command(capsys, ["chat", tmp_path])
-    (tmp_path / "config.json").write_text('{"created": "2026-01-31"}')
-    assert "turn 1 is not finished; python" in run_command(capsys, ["merge", tmp_path])
-    # An adapter without its evaluation is no finished turn.
-    shutil.copytree(finished, tmp_path / "run")
-    lines = (finished / "log.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "run" / "log.jsonl").write_text("".join(lines[:-1]))
-    settings = (finished / "config.json").read_text()
-    _, policy, turn = evaluate.open_run(seif.Config, seif.load_policy, tmp_path / "run")
-    assert turn == 1 and f'"created": "{policy.chat.date}"' in settings
-
-
 def test_eval_prints_figures_and_writes_the_answers(finished, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
     text = run_command(capsys, ["eval", finished, "--paired", "--out", out])
@@ -218,10 +194,7 @@ class Checker:
     def check_following(self, text: str) -> bool:
         if self.id == "needs:data":
             raise LookupError("no corpus")
-        second_word = text.split()[1]
-        if "prompt" in self.given:
-            return self.given["prompt"] == text
-        return self.given == {"word": second_word}
+        return self.given in ({"word": text.split()[1]}, {"prompt": text})
 
 
 def test_ifbench_through_its_published_checkers(finished, tmp_path, monkeypatch, capsys):
@@ -240,18 +213,15 @@ def test_ifbench_through_its_published_checkers(finished, tmp_path, monkeypatch,
     (tmp_path / "data/IFBench_test.jsonl").write_text(json.dumps(row))
     [row], verify = evaluate.ifbench()
     # A checker's own IndexError is a no, not a lack of data.
-    for text, first, second, third in (
-        ("oh ho", True, False, None),
-        ("Say hi.", False, True, None),
-        ("hi", False, False, None),
-        (" ", False, False, False),
-    ):
+    verdicts = {"oh ho": [True, False, None], "Say hi.": [False, True, None]}
+    verdicts |= {"hi": [False, False, None], " ": [False] * 3}
+    for text, expected in verdicts.items():
         record = evaluate.make_record(row, rl.Sample([1], [2], text, True, answer=text), verify)
-        assert record["strict"] == record["loose"] == [first, second, third]
+        assert record["strict"] == record["loose"] == expected
     assert re.search(r"1 rows.*undecided +1\.0", run_command(capsys, command), re.S)
 
 
-def test_a_command_that_cannot_work_ends_in_one_line(finished, capsys):
+def test_a_command_that_cannot_work_ends_in_one_line(finished, tmp_path, capsys):
     for command, text in (
         ("eval {} --rows -1", "at least 0"),
         ("eval {} --ifbench --data x", "leave out --data"),
@@ -264,6 +234,18 @@ def test_a_command_that_cannot_work_ends_in_one_line(finished, capsys):
         ("merge {} --out .", "exists; give a new folder"),
     ):
         assert text in run_command(capsys, command.format(finished).split())
+    assert "config.json: cannot be read" in run_command(capsys, ["eval", tmp_path])
+    (tmp_path / "config.json").write_text('{"a": 1, "created": "2026-01-31"}')
+    assert "config.json: not the settings" in run_command(capsys, ["chat", tmp_path])
+    (tmp_path / "config.json").write_text('{"created": "2026-01-31"}')
+    assert "turn 1 is not finished; python" in run_command(capsys, ["merge", tmp_path])
+    # An adapter without its evaluation is no finished turn.
+    shutil.copytree(finished, tmp_path / "run")
+    lines = (finished / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "log.jsonl").write_text("".join(lines[:-1]))
+    settings = (finished / "config.json").read_text()
+    _, policy, turn = evaluate.open_run(seif.Config, seif.load_policy, tmp_path / "run")
+    assert turn == 1 and f'"created": "{policy.chat.date}"' in settings
 
 
 @pytest.mark.parametrize("flag, role", [("--base", None), ("--turn=2", "follower")])
@@ -300,7 +282,6 @@ def test_merge_gives_the_same_logits(finished, tmp_path, capsys):
     assert "licence applies" in card and "--lr=0.01" in card and "| relevance |" in card
 
 
-# ------------------------------------------------------------ adapters on disk
 @pytest.mark.parametrize("kind", ["llama", "phi3", "qwen3-moe", "moe-after-mlp", "small-rank"])
 def test_peft_loads_what_we_save(folders, tmp_path, kind):
     peft = pytest.importorskip("peft")
@@ -314,11 +295,6 @@ def test_peft_loads_what_we_save(folders, tmp_path, kind):
         assert_equal_logits(policy, peft.PeftModel.from_pretrained(load_fp32(folder), tmp_path))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(policy.lora)
-
-
-LORA = [{}, {"target_modules": ["q_proj", "v_proj"]}, {"use_rslora": True}]
-LORA += [{"alpha_pattern": {"up_proj": 5, "layers.1.self_attn.q_proj": 7}}]
-OTHER = [{"rank_pattern": {"up_proj": 3}}, {"use_dora": True}, {"bias": "all"}]
 
 
 @pytest.mark.parametrize("settings", [*LORA, *OTHER, {"modules_to_save": ["lm_head"]}], ids=str)

@@ -66,6 +66,8 @@ ANSWERS = [
     ("<think><answer>no</answer></think><answer>ok</answer>", True, ""),
     ("<think>hm</think><answer>a</answer><answer>b</answer>", True, ""), (" ok\n", False, "ok"),
     ("a thought</think>\n\nok", False, "ok"), ("<answer>ok</answer>", False, "<answer>ok</answer>"),
+    # A thought that is not closed has no answer. A mark inside of a text starts no thought.
+    ("[THINK]Hm. Yes.", False, ""), ("I [THINK] so", False, "I [THINK] so"),
 ]
 # Seed question, answer, whether it only repeats lines of the instruction.
 ECHOES = [
@@ -89,14 +91,7 @@ LENGTHS = [
     ("Answer with at least 2 sentences.", "Yes. No.", 2 / 20),
     # Two characters count as a word in scripts that do not separate words.
     ("Use no commas.", "ガラスは透明です。 Clear?", 5 / 20),
-    ("Use no commas.", "玻璃没有晶界。光线很少被散射。所以大部分光可以直接穿过。"
-     "因此它看起来是透明的。冰也是这样。", 1),
     ("Answer with one of the following options: ('yes', 'no')", "yes", 1),
-]
-# The last but one has each trigram twice, the last no trigram of words.
-LOOPS = [
-    (PROSE, False), ("apple, apple, pear", False), ("The sea is blue. " * 6, True),
-    (f"{PROSE} {PROSE}", True), ("हिन्दी" * 200, True),
 ]
 # fmt: on
 
@@ -151,14 +146,6 @@ def test_accept_asks_the_model_only_after_the_code(mode, reasons):
     ours.fits = lambda question: len(question.instruction) < 20
     assert ours.accept([]) == ours.accept([last := sample(texts[0], hard())]) == []
     assert last.rejected == "over --max-prompt-tokens"
-
-
-def test_code_replaces_a_model_that_is_not_reliable():
-    for judger, filter_ in ((RELIABLE, RELIABLE), (RELIABLE, CHANCE), (CHANCE, RELIABLE)):
-        mode = "llm" if judger == filter_ else "rules"
-        assert make_judge(None, judger, filter_, filter="llm").filter_mode == mode
-        trusting = make_judge(None, judger, filter_, filter="llm", judge="trusted")
-        assert trusting.trusts_model and trusting.filter_mode == "llm"
 
 
 def test_score_asks_the_model_once_and_only_where_no_verifier_decides():
@@ -227,9 +214,11 @@ def test_the_length_penalty_lowers_the_reward_of_short_answers(constraint, answe
     assert reward(answer, hard(constraint), "length,repetition", [YES, NO]) == expected
 
 
-@pytest.mark.parametrize("answer, repeats", LOOPS)
-def test_the_repetition_penalty_takes_the_reward_of_a_loop(answer, repeats):
-    assert reward(answer, penalties="repetition") == 1 - repeats and reward(answer) == 1
+def test_the_repetition_penalty_takes_the_reward_of_a_loop():
+    loops = ["The sea is blue. " * 6, f"{PROSE} {PROSE}", "हिन्दी" * 200]
+    for answer in (PROSE, "apple, apple, pear", *loops):
+        assert reward(answer, penalties="repetition") == (answer not in loops)
+        assert reward(answer) == 1
 
 
 def test_no_category_and_no_upper_bound_takes_more_than_its_share_of_q_t():
@@ -238,7 +227,6 @@ def test_no_category_and_no_upper_bound_takes_more_than_its_share_of_q_t():
     counts = Counter()
     commas = [take(counts, "Use no commas.", f"Include the word 'w{i}'.", "x") for i in range(13)]
     assert commas == [""] * 12 + ["too many of one category"] and counts["no_comma"] == 12
-    # The rejected one is not counted.
     assert take(counts, "Use no commas.", "Be kind.", "x") and not take(counts, "Be kind.", "x")
     counts, bound = Counter(), "Answer with at most {} {}."
     mixed = [take(counts, bound.format(50 + i, "words"), "x", "y") for i in range(3)]
@@ -287,37 +275,36 @@ def test_the_judge_is_calibrated_on_balanced_cases_with_known_truth():
     assert ours.judger.auc == 1 and ours.judger.cases == 24 == len(judged)
     assert sum("\na, b\n" in text for text in judged) == 12
     assert not any("check: Be kind." in text for text in judged)
-    # A model that says yes to every instruction is useless as a Filter.
+    # A model that says yes to every instruction is useless as a Filter: code replaces it.
     assert (ours.filter.auc, ours.filter_mode, ours.trusts_model) == (0.5, "rules", True)
     spoilt = calibration.contradictory(examples)
     assert ours.filter.cases == len(examples) + len(spoilt) and len(spoilt) >= 10
     assert {rule_filter(question, 1024) for question in spoilt} == {"contradiction"}
     assert calibration.contradictory([hard("Be kind."), hard("Use no commas.")]) == []
+    ours.judger, ours.filter = CHANCE, RELIABLE
+    assert (ours.filter_mode, ours.trusts_model) == ("rules", False)
+    ours.cfg.judge = "trusted"
+    assert (ours.filter_mode, ours.trusts_model) == ("llm", True)
 
 
-def test_prompts_put_shared_text_first():
+def test_prompts_that_share_text_put_it_first():
     one, two = (prompts.judge_messages(FRUIT, "fig", c)[0]["content"] for c in ("Hm.", "Be kind."))
     shared = one[: one.rindex("Hm.")]
     assert two.startswith(shared) and "\nfig\n" in shared and FRUIT.instruction in shared
     examples = few_shot_examples("hard")[:3]
     first, second = (prompts.instructor_messages(q, "hard", examples) for q in ("A?", "B?"))
     assert first[:-2] == second[:-2] and "A?" in first[-2]["content"]
-
-
-def test_few_shot_examples_change_between_batches_and_not_within_one():
-    """Otherwise the constraints of q_T would be of few categories."""
+    # Few-shot examples change between batches, else q_T would be of few categories.
     questions, kinds = ["A?"] * 8, ["hard"] * 8
     draw = lambda seed: prompts.instructor_prompts(questions, kinds, 4, random.Random(seed))
     batches = draw(0)
     assert batches[:4] == [batches[0]] * 4 and batches[4:] == [batches[4]] * 4
     assert batches[0] != batches[4] and batches == draw(0) != draw(1)
-    # Every example once before one comes again.
     batches = prompts.instructor_prompts(["A?"] * 9, ["hard"] * 9, 1, random.Random(0))
     assert len({str(m) for batch in batches for m in batch[1:-2:2]}) == 36
 
 
 def test_few_shot_examples_are_sound_and_show_every_category_equally_often():
-    """A small model's proposals have the categories of its examples."""
     for kind, count in NUM_CONSTRAINTS.items():
         for question in few_shot_examples(kind):
             assert rule_filter(question, 128, checkable=True) == "", question

@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest.mock import Mock
 
 import pytest
-import tiny
 from tiny import ONE_STEP, rows_of, run_command
 
 import extras.run
@@ -20,6 +19,8 @@ from prompts import user
 from rl import Policy
 
 KEY, STALL, HANG_UP = "sk-secret", "stall", "hang up"
+fast = functools.partial(judge_server.JudgeServer, timeout=5, attempts=3, backoff=0.01)
+TROUBLE = [(429, ""), (500, ""), (200, "<html>"), HANG_UP, STALL]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -62,9 +63,6 @@ def chat(text, top=None, **message) -> dict:
     return {"choices": [choice | {"logprobs": top and {"content": [{"top_logprobs": logprobs}]}}]}
 
 
-fast = functools.partial(judge_server.JudgeServer, timeout=5, attempts=3, backoff=0.01)
-
-
 def ask(client, texts) -> list[float]:
     return client.ask([[user(str(text))] for text in texts])
 
@@ -85,7 +83,6 @@ REPLIES = [
 
 
 def test_p_yes_is_by_the_first_token_or_the_first_word(server):
-    """All are asked at once, and the answers are in order."""
     together = threading.Barrier(len(REPLIES))
 
     def reply(body):
@@ -109,9 +106,6 @@ def test_fields_that_do_not_work_are_left_out_from_then_on(server):
         server.seen.clear()
         client = fast(server.url, "big")
         assert ask(client, "a") + ask(client, "b") == [p, p] and len(server.seen) == requests
-
-
-TROUBLE = [(429, ""), (500, ""), (200, "<html>"), HANG_UP, STALL]
 
 
 @pytest.mark.parametrize("trouble", TROUBLE)
@@ -148,7 +142,6 @@ def test_a_run_asks_the_server_before_it_loads_a_model(
 
 
 def verdict(body: dict) -> dict:
-    """Of a judge at chance."""
     p = (len(content(body)) % 9 + 0.5) / 9
     return chat("", {"yes": p, "no": 1 - p})
 
@@ -174,4 +167,4 @@ def test_a_run_judged_by_a_server_outlives_it(setup, server, tmp_path, monkeypat
     assert not any(KEY.encode() in file for file in files)
     assert KEY not in "".join([text, *capsys.readouterr()])
     # The prompts of a server's Judger need not fit the local model.
-    seif.open_run(tiny.config(tmp_path, "long", **more, judge_url=moved, max_new_tokens=1500))
+    seif.open_run(seif.read_config(setup("long", **more, judge_url=moved, max_new_tokens=1500)))

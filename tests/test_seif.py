@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
+import math
 import re
 import sys
-import types
 from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
@@ -14,7 +14,7 @@ import tiny
 import torch
 from conftest import randomise
 from safetensors.torch import load_file
-from tiny import ONE_STEP, assert_equal, rows_of, run_command, saved_adapters
+from tiny import ONE_STEP, assert_equal, rows_of, run_command
 
 import extras.run
 import judge
@@ -25,6 +25,28 @@ from extras.peft_adapters import save_adapter
 from extras.run import Run
 from prompts import Question, prompt_text, user
 
+SETTINGS = [
+    ("--bits 8", "--bits 8: must be one of 4, 16"),
+    ("--penalties brevity", "must be one of length,repetition, length, repetition, ''"),
+    ("--lr nan", "--lr nan: must be between 0"),
+    ("--hard-fraction 1.5", "between 0 and 1"),
+    ("--group-size 1", "--group-size 1: must be between 2"),
+    ("--follower-steps 3,x", "--follower-steps 3,x: must be whole numbers, such as 4,2"),
+    ("--judge trusted", "no model is used; add --hard-fraction 0.5"),
+    ("--judge-url http://a --judge-model b", "no model is used; add --hard-fraction"),
+    ("--judge-model big", "--judge-url and --judge-model: give both"),
+    ("--judge-url a.b/v1 --judge-model c --filter llm", "--judge-url: must be like http://local"),
+    ("--seed-questions no/file", "no/file: cannot be read"),
+    ("--max-prompt-tokens 12", "all seed questions are over 9 tokens; raise --max-prompt-tokens"),
+    ("--max-prompt-tokens 4090", "the Follower may need 4102 tokens, the model's context has 4096"),
+    ("--max-proposal-tokens 4000", "the Instructor may need"),
+    ("--max-new-tokens 1500 --filter llm", "the Judger may need"),
+    ("--lora-rank 99", "--lora-rank 99"),
+    ("--model no/model", "no/model"),
+    ("--init-follower no/folder", "no/folder: not a LoRA adapter"),
+    ("--logger trackio", "pip install trackio"),
+]
+
 
 def test_a_run_of_two_turns_leaves_log_adapters_questions_and_samples(finished):
     rows = rows_of(finished / "log.jsonl")
@@ -34,7 +56,6 @@ def test_a_run_of_two_turns_leaves_log_adapters_questions_and_samples(finished):
     assert all({"reward", "cut", "kl", "grad_norm", "seconds"} <= row.keys() for row in updated)
     trained = tiny.adapters(finished)
     first = {n: t for n, t in trained.items() if n.startswith("turn1") and "lora_B" in n}
-    # B starts at zero.
     roles = {name.split("/")[1] for name in first}
     assert roles == {"instructor", "follower"} == {row["stage"] for row in updated}
     assert all(t.any() and not torch.equal(t, trained[f"turn2{n[5:]}"]) for n, t in first.items())
@@ -57,7 +78,7 @@ def test_a_run_of_two_turns_leaves_log_adapters_questions_and_samples(finished):
 def test_train_from_python_resumes_after_ctrl_c_and_logs(setup, tmp_path, monkeypatch, capsys):
     """A notebook keeps the traceback, and so the objects of the interrupted run."""
     monkeypatch.setitem(sys.modules, "wandb", wandb := Mock())
-    cfg = tiny.config(tmp_path, "run", **ONE_STEP, kl_coef=0, logger="wandb")
+    cfg = seif.read_config(setup("run", **ONE_STEP, kl_coef=0, logger="wandb"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as interrupt:
         patch.setattr(Run, "finish_step", Mock(side_effect=KeyboardInterrupt))
         seif.train(cfg)
@@ -72,58 +93,47 @@ def test_train_from_python_resumes_after_ctrl_c_and_logs(setup, tmp_path, monkey
     assert calls[2].args[0]["follower/reward"] == rows[2]["reward"]
 
 
-def interleave(run: Run, steps: int = 9) -> None:
-    """A fork: a step of each role in turn, and a third role, the critic."""
+def interleave(run: Run, steps: int = 9) -> set[int]:
+    """A fork: a step of each role in turn, and a third role, the critic. The steps' seeds."""
     run.start_turn()
     questions = [Question(q, "hard", tuple(tiny.POOL[:3])) for q in run.seed_questions]
+    seeds = set()
     for i in range(steps):
         role = seif.TRAINED_ROLES[i % 3]
         for step in run.remaining(role, 1):
             rng = run.seed_rngs()
+            seeds.add(torch.initial_seed())
             if role == "instructor":
                 seif.instructor_step(run, run.batch(role, run.seed_questions, step), rng)
             elif role == "follower":
                 seif.follower_step(run, run.batch(role, questions, step))
             else:
-                critic_step(run)
+                with run.policy.using(role):
+                    [group] = run.policy.sample([[user("Hi")]], 4, 8)
+                for k, sample in enumerate(group):
+                    sample.reward = float(k % 2)
+                run.finish_step(role, {"reward": 0.5, **run.update(role, group, 1.0)})
     run.close()
-
-
-def critic_step(run: Run) -> None:
-    with run.policy.using("critic"):
-        [group] = run.policy.sample([[user("Hi")]], 4, 8)
-    for i, sample in enumerate(group):
-        sample.reward = float(i % 2)
-    run.finish_step("critic", {"reward": 0.5, **run.update("critic", group, 1.0)})
+    return seeds
 
 
 def test_a_fork_with_interleaved_stages_and_a_third_role(setup, tmp_path, monkeypatch):
-    """Its steps draw anew. It resumes to the bit. train() goes on with its state."""
     monkeypatch.setattr(seif, "TRAINED_ROLES", ["instructor", "follower", "critic"])
-    calls, sample = [], rl.Policy.sample
-
-    def record(policy, messages, *args):
-        texts = [m[-1 - (m[-1]["role"] == "assistant")]["content"] for m in messages]
-        calls.append((policy.active_adapter, texts, torch.initial_seed()))
-        return sample(policy, messages, *args)
-
-    whole = seif.open_run(tiny.config(tmp_path, "whole", **ONE_STEP))
+    whole = seif.open_run(seif.read_config(setup("whole", **ONE_STEP)))
     weights = [next(iter(whole.policy.tensors(role).values())) for role in whole.optimizers]
     assert len({tensor.sum().item() for tensor in weights}) == 3
-    with monkeypatch.context() as patch:
-        patch.setattr(rl.Policy, "sample", record)
-        interleave(whole)
-    assert len({seed for *_, seed in calls}) == 9
     for role in ("instructor", "follower"):
-        first, second, _ = (texts for name, texts, _ in calls if name == role)
+        first, second = (whole.batch(role, whole.seed_questions, step) for step in (0, 1))
         assert len({*first, *second}) == 4, "two steps of two prompts are an epoch"
-    cfg = tiny.config(tmp_path, "killed", **ONE_STEP)
+    assert len(interleave(whole)) == 9
+    cfg = seif.read_config(setup("killed", **ONE_STEP))
     for steps in (4, 9):
         interleave(seif.open_run(cfg), steps)
     assert len(rows_of(tmp_path / "killed/log.jsonl")) == 9
-    trained = saved_adapters(tmp_path / "killed")
+    states = [tmp_path / name / "state.pt" for name in ("killed", "whole")]
+    trained, expected = (torch.load(file, weights_only=True)["adapters"] for file in states)
     if not torch.cuda.is_available():
-        assert_equal(trained, saved_adapters(tmp_path / "whole"))
+        assert_equal(trained, expected)
     assert any(tensor.any() for name, tensor in trained["critic"].items() if "lora_B" in name)
     seif.train(cfg)
     [path] = tmp_path.glob("killed/turn1/critic/*.safetensors")
@@ -156,7 +166,7 @@ def test_the_snapshot_follower_filters_and_judges_soft_questions(setup, tmp_path
 def test_a_model_that_is_not_reliable_is_not_used(setup, tmp_path, monkeypatch, capsys):
     """It says 0.5 to everything, and is asked in the calibration alone."""
     monkeypatch.setattr(Run, "ask", ask := Mock(side_effect=lambda prompts: [0.5] * len(prompts)))
-    cfg = tiny.config(tmp_path, "run", **ONE_STEP, hard_fraction=0.5, filter="llm")
+    cfg = seif.read_config(setup("run", **ONE_STEP, hard_fraction=0.5, filter="llm"))
     seif.train(cfg)
     text = "".join(capsys.readouterr())
     assert re.search("Judger: AUC 0.50 .*the model does not judge.*filter is rules", text, re.S)
@@ -176,6 +186,8 @@ def test_missing_verdicts_train_nothing_and_print_why(setup, tmp_path, monkeypat
         assert re.search(f"{role}.* 3 .*without an update; .*no verdict; try --filter rules", text)
     # Answers that are empty or cut off have reward 0, the others none.
     assert all(0 < row["missing"] < 1 and row["reward"] == 0 for row in rows)
+    row = log.step_row([rl.Sample([1], [2], "a", True, answer="a")] * 3, {}, Counter())
+    assert math.isnan(row["reward"]) and row["length"] == 1
 
 
 def test_without_an_accepted_question_there_is_no_follower_step(setup, tmp_path, monkeypatch):
@@ -207,7 +219,7 @@ def test_the_kl_reference_of_the_follower(setup, tmp_path, monkeypatch):
     void = {"updates": 0, "skipped": 1, "frac_reward_zero_std": 0.0}
     monkeypatch.setattr(extras.run, "grpo_step", step := Mock(return_value=void))
     for setting, reference in (("base", None), ("turn", "ref_follower")):
-        with seif.open_run(tiny.config(tmp_path, setting, kl_reference=setting)) as run:
+        with seif.open_run(seif.read_config(setup(setting, kl_reference=setting))) as run:
             for role in ["instructor", "follower"] * 2:
                 run.update(role, [], 1.0)
             with pytest.raises(data.InputError, match="5 steps without a finite .*--lr"):
@@ -220,13 +232,13 @@ def test_without_a_number_of_steps_a_stage_takes_epochs(setup, tmp_path, capsys)
     """SEIF's front-loading: three epochs for the Follower in turn 1, one afterwards."""
     data.append_text(tmp_path / "seeds.txt", "word " * 3000)
     epochs = {"instructor_steps": "", "follower_steps": "", "prompts_per_step": 3}
-    with seif.open_run(tiny.config(tmp_path, "run", **epochs)) as run:
+    with seif.open_run(seif.read_config(setup("run", **epochs))) as run:
         assert "5 seed questions, 1 too long and skipped" in capsys.readouterr().out
         assert [run.num_steps("instructor", turn) for turn in (1, 2)] == [2, 2]
         # q_T has a question per seed question at the most, here 4 of 7.
         assert [run.num_steps("follower", turn) for turn in (1, 2)] == [4, 2]
         assert [run.num_steps("follower", turn, 7) for turn in (1, 2, 3)] == [7, 3, 3]
-    fixed = tiny.config(tmp_path, "fixed", instructor_steps="5,3", follower_steps="4")
+    fixed = seif.read_config(setup("fixed", instructor_steps="5,3", follower_steps="4"))
     with seif.open_run(fixed) as run:
         assert [run.num_steps("instructor", turn) for turn in (1, 2, 3)] == [5, 3, 3]
         assert [run.num_steps("follower", turn, n) for turn, n in ((1, 7), (2, 0))] == [4, 0]
@@ -247,44 +259,24 @@ def test_presets_are_overridden_from_left_to_right(monkeypatch):
         seif.validate(paper), seif.validate(quick), seif.validate(read(""))
 
 
-def test_help_names_every_setting_and_has_the_comments(capsys):
+def test_help_names_every_setting_and_unknown_words_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         seif.main(["--help"])
     text = "".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(seif.Config):
         assert f"--{field.name.replace('_', '-')}" in text
     assert "cut-offanswersgetreward0" in text
-
-
-@pytest.mark.parametrize("words", ["--follower-step 3", "evaluate runs/seif"])
-def test_unknown_flags_and_commands_are_refused(words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        seif.main(words.split())
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("seif.py: error: ") and words.split()[0] in last
-
-
-SETTINGS = [
-    ("--bits 8", "--bits 8: must be one of 4, 16"),
-    ("--penalties brevity", "must be one of length,repetition, length, repetition, ''"),
-    ("--group-size 1", "--group-size 1: must be between 2"),
-    ("--lr nan", "--lr nan: must be between 0"),
-    ("--hard-fraction 1.5", "between 0 and 1"),
-    ("--follower-steps 3,x", "--follower-steps 3,x: must be whole numbers, such as 4,2"),
-    ("--judge trusted", "no model is used; add --hard-fraction 0.5"),
-    ("--judge-url http://a --judge-model b", "no model is used; add --hard-fraction"),
-    ("--judge-model big", "--judge-url and --judge-model: give both"),
-    ("--judge-url a.b/v1 --judge-model c --filter llm", "--judge-url: must be like http://local"),
-    ("--seed-questions no/file", "no/file: cannot be read"),
-    ("--max-prompt-tokens 12", "all seed questions are over 9 tokens; raise --max-prompt-tokens"),
-    ("--max-prompt-tokens 4090", "the Follower may need 4102 tokens, the model's context has 4096"),
-    ("--max-proposal-tokens 4000", "the Instructor may need"),
-    ("--max-new-tokens 1500 --filter llm", "the Judger may need"),
-    ("--lora-rank 99", "--lora-rank 99"),
-    ("--model no/model", "no/model"),
-    ("--init-follower no/folder", "no/folder: not a LoRA adapter"),
-    ("--logger trackio", "pip install trackio"),
-]
+    for words in ("--follower-step 3", "evaluate runs/seif"):
+        with pytest.raises(SystemExit, match="2"):
+            seif.main(words.split())
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("seif.py: error: ") and words.split()[0] in last
+    # A command without a run lists the runs.
+    monkeypatch.chdir(tmp_path)
+    assert "eval needs a run folder; runs: none" in run_command(capsys, ["eval"])
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/config.json").write_text("{}")
+    assert run_command(capsys, ["chat"]).endswith("runs: runs/a")
 
 
 @pytest.mark.parametrize("words, message", SETTINGS)
@@ -296,14 +288,6 @@ def test_a_bad_setting_is_one_clear_line_and_can_be_corrected(setup, monkeypatch
     assert error and seif.open_run(seif.read_config(setup("run")))
 
 
-def test_a_command_without_a_run_lists_the_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert "eval needs a run folder; runs: none" in run_command(capsys, ["eval"])
-    (tmp_path / "runs/a").mkdir(parents=True)
-    (tmp_path / "runs/a/config.json").write_text("{}")
-    assert run_command(capsys, ["chat"]).endswith("runs: runs/a")
-
-
 def step(stage: str = "follower", **fields) -> dict:
     row = {"turn": 1, "stage": stage, "reward": 0.5, "length": 20, "cut": 0.1, "outcomes": {}}
     return {**row, "frac_reward_zero_std": 0, "updates": 1, "skipped": 0, **fields}
@@ -312,6 +296,7 @@ def step(stage: str = "follower", **fields) -> dict:
 IDLE = step(updates=0, outcomes={"no verdict": 3, "answer cut off": 1})
 Q_T = {"turn": 1, "stage": "questions", "top_share": 0.4, "top_category": "no_comma"}
 END = {"turn": 1, "stage": "evaluation"}
+EQUAL = [step("instructor", updates=0, outcomes={"rewarded": 4}), Q_T | {"top_share": 0.1}]
 WARNINGS = [
     ([step(cut=0.4)], "40% .*cut off; raise --max-new-tokens"),
     ([step("instructor", cut=0.4)], "raise --max-proposal-tokens"),
@@ -320,10 +305,7 @@ WARNINGS = [
     ([step(), step(frac_reward_zero_std=0.9)], "90% of the .*groups have equal rewards"),
     ([IDLE] * 3, "3 .*steps without an update; 75% of the samples: no verdict; try --filter rules"),
     ([IDLE, END], "1 .*steps without an update; .*no verdict"),
-    (
-        [step("instructor", updates=0, outcomes={"rewarded": 4}), Q_T | {"top_share": 0.1}],
-        "instructor: 1 .*100% of the samples: rewarded; equal rewards; raise --group-size",
-    ),
+    (EQUAL, "instructor: 1 .*100% of the samples: rewarded; equal rewards; raise --group-size"),
     ([Q_T], "40% of q_T's constraints are no_comma"),
 ]
 
@@ -335,24 +317,15 @@ def test_a_step_that_goes_wrong_prints_a_warning(rows, message):
     assert not any(log.warnings(healthy[:n]) for n in range(1, 5))
 
 
-def test_a_step_without_any_reward_has_a_row():
-    samples = [rl.Sample([1], [2], "a", True, answer="a") for _ in range(3)]
-    row = log.step_row(samples, {}, Counter())
-    assert row["reward"] != row["reward"] and row["length"] == 1
-
-
 def test_the_code_cells_of_the_notebook_train_and_show_the_run(setup, tmp_path, monkeypatch):
-    """With commands of the shell as calls."""
     pytest.importorskip("matplotlib")
     notebook = json.loads((Path(seif.__file__).parent / "extras/seif.ipynb").read_text())
-    # The folder takes the place of a clone.
     (tmp_path / "seif.py").touch()
     monkeypatch.chdir(tmp_path)
     # matplotlib asks for the version of IPython.
-    package = types.SimpleNamespace(display=(display := Mock()), version_info=(9, 0))
-    monkeypatch.setitem(sys.modules, "IPython", package)
-    monkeypatch.setitem(sys.modules, "IPython.display", display)
-    commands, printed = [], []
+    ipython, commands, printed = Mock(version_info=(9, 0)), [], []
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", ipython.display)
 
     def shell(line: str) -> None:
         """Flags of the tiny run come last, so they win over --quick."""
@@ -368,5 +341,5 @@ def test_the_code_cells_of_the_notebook_train_and_show_the_run(setup, tmp_path, 
             exec(re.sub(r"^( *)!(.*)$", r"\1shell(r'''\2''')", code, flags=re.M), names)
     assert commands[0] == "pip install -q -r requirements.txt matplotlib".split()
     assert [line.split()[0] for line in printed[-1].splitlines()] == ["turn", "base", "1"]
-    display.Image.assert_called_once_with("runs/notebook/plot.png")
+    ipython.display.Image.assert_called_once_with("runs/notebook/plot.png")
     assert Path("runs/notebook/plot.png").read_bytes().startswith(b"\x89PNG")

@@ -24,7 +24,6 @@ def constraint(name: str, *values) -> tuple[str, dict]:
 CHECKS = [
     ("number_words", [3, "at most"], "Two words", "These are four words"),
     ("number_words", [2, "between", 3], "a b c", "a b c d"),
-    ("number_words", [3, "less than"], "two words", "not-two words"),
     ("number_words", [1, "more than"], "two words", "one"),
     ("number_sentences", [2, "exactly"], "Dr. Lee came. He sat.", "Hello."),
     ("number_paragraphs", [2], "*** one\n***\ntwo ***", "one\n\ntwo"),
@@ -58,7 +57,6 @@ CHECKS = [
     ("frequency", [["ha", "ho"], 2, "exactly"], "Ha, ha. Hoho", "ha ha ha ho ho"),
     ("existence", [["sun", "sea"]], "The Sun over the seaside.", "The sun."),
     ("forbidden_words", [["can", "c++"]], "A candle.", "We like C++."),
-    ("forbidden_words", [["!", "?"]], "Fine.", "Great! Really."),
     ("letter_frequency", ["z", 2, "less than"], "Zoo", "zigzag"),
     ("end_checker", ["The end."], 'So it was. the END."', "The end. Or not"),
     ("start_checker", ["Dear sun"], '"**dear Sun**, hello', "Dear sunflower"),
@@ -66,7 +64,6 @@ CHECKS = [
     ("quotation", [], ' "Hi." ', '"Hi.'),
     # Combining marks belong to words, in Hindi and Thai.
     ("forbidden_words", [["कि"]], "यह किताब है।", "मैंने कहा कि हाँ।"),
-    ("start_checker", ["कि"], "कि वह", "किताब"),
     ("highlighted_words", [["क"], False], "*क वह*", "*कि वह*"),
     ("nth_paragraph_first_word", [1, "ที่"], "ที่ นี่", "ที่นี่"),
 ]
@@ -98,6 +95,10 @@ PIECES = ["a", "a, ", "*", "* ", "**_", "'", "\"a' ", "<<", "[", "\n\n", "\n \n-
           "P. S. ", "U.S.A. ", ".", "!?", "A'", "``", "P.", "<<a", "`{", "__a ", "__sea", "**sea ",
           "1. ", "n't", "P.P.S", "PART ", "PART 1", "\n", "- ", "{", '{"a":', "क्\u200d", "\u0301"]
 # fmt: on
+ODD = ["²", "٣", "9" * 400, "\ud800", "''", '""', "(?P<", "[", "\\", "***", "\0", "P.S.", "\u0301"]
+TEXTS = st.text(st.characters(), max_size=80) | st.lists(st.sampled_from(ODD)).map(" ".join)
+LONG = [(piece * 20_000)[:20_000] for piece in PIECES]
+LONG += [f"x{text}x:b. C" for text in LONG]
 
 
 @pytest.mark.parametrize("name, values, good, bad", CHECKS)
@@ -127,10 +128,7 @@ def test_kwargs_are_validated_and_conflicts_are_categories():
         assert validate_kwargs(id, kwargs) == ""
         for key in kwargs:
             assert validate_kwargs(id, kwargs | {key: {}}).startswith(f"{key}: {{}} is not ")
-
-
-def test_kwargs_may_be_none_and_a_text_may_take_the_place_of_a_list():
-    # IFEval's rows contain the kwargs of all verifiers, most of them None.
+    # IFEval's rows contain the kwargs of all verifiers, most of them None, or a text for a list.
     names = dict.fromkeys(name for verifier in VERIFIERS.values() for name in verifier.kwargs)
     words, bullets = names | {"num_words": 3, "relation": "at least"}, names | {"num_bullets": 1}
     assert validate_kwargs(WORDS, words) == "" and check(WORDS, words, "one two three") is True
@@ -161,10 +159,6 @@ def test_loose_removes_asterisks_and_the_first_or_last_line():
         assert check_loose("", {}, "one\ntwo", verify) is loose
 
 
-ODD = ["²", "٣", "9" * 400, "\ud800", "''", '""', "(?P<", "[", "\\", "***", "\0", "P.S.", "\u0301"]
-TEXTS = st.text(st.characters(), max_size=80) | st.lists(st.sampled_from(ODD)).map(" ".join)
-
-
 @settings(max_examples=20, deadline=None)
 @given(TEXTS, TEXTS)
 def test_no_text_raises(one, two):
@@ -176,10 +170,6 @@ def test_no_text_raises(one, two):
         if validate_kwargs(id, texts) == "":
             assert check(id, texts, two) in (True, False, None)
             assert isinstance(verifiers.find_contradiction([(id, texts), (id, kwargs)]), str)
-
-
-LONG = [(piece * 20_000)[:20_000] for piece in PIECES]
-LONG += [f"x{text}x:b. C" for text in LONG]
 
 
 def is_fast(task) -> bool:

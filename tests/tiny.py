@@ -4,6 +4,7 @@ A random model never writes JSON: its proposals are read as three constraints th
 at random. All else, sampling, judging, rewards, updates, files, is the real thing.
 """
 
+import functools
 import os
 import random
 import sys
@@ -17,25 +18,19 @@ import prompts
 import seif
 from extras import data, run
 
+# fmt: off
 # For conftest.make_model: small enough for seconds; several EOS ids, so that random answers do end.
-MODEL = dict(
-    eos=[258, *range(40)],
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=4096,
-)
+MODEL = {
+    "eos": [258, *range(40)], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
+}
 POOL = [
-    "Your answer must not contain any commas.",
-    "Your answer must have at most 5 words.",
+    "Your answer must not contain any commas.", "Your answer must have at most 5 words.",
     "Your answer must be in all lowercase letters.",
     "Your answer must use the letter 'a' at least 2 times.",
     "Your answer must use the letter 'e' at most 1 time.",
     "Your answer must be wrapped in double quotation marks.",
 ]
-# fmt: off
 HELDOUT = [
     {"key": 1, "seed_question": "Say hi.", "prompt": "Say hi.\nUse no commas.",
      "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
@@ -44,18 +39,17 @@ HELDOUT = [
      "kwargs": [{"num_words": 2, "relation": "at least"}, {}]},
 ]
 # fmt: on
-# Two turns in seconds.
 FLAGS = """
     --bits 16 --turns 2 --prompts-per-step 2 --group-size 4 --instructor-steps 2,1
-    --follower-steps 2 --hard-fraction 1.0 --filter rules --min-words 0
-    --temperature 1.0 --kl-coef 0.01 --max-new-tokens 12 --max-proposal-tokens 8
-    --max-prompt-tokens 2000 --lr 1e-2 --num-minibatches 2 --no-think
+    --follower-steps 2 --hard-fraction 1.0 --filter rules --min-words 0 --temperature 1.0
+    --kl-coef 0.01 --max-new-tokens 12 --max-proposal-tokens 8 --max-prompt-tokens 2000
+    --lr 1e-2 --num-minibatches 2 --no-think
 """
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 ONE_STEP = {"turns": 1, "instructor_steps": "1", "follower_steps": "1"}
 
 
 def parse(text: str, count: int) -> tuple[list[str], str]:
-    """Takes the place of judge.parse_proposal."""
     draw = random.Random(text)
     return ([], "no json") if draw.random() < 0.2 else (draw.sample(POOL, count), "")
 
@@ -67,29 +61,13 @@ def simplify(patch) -> None:
         patch(module, "FEW_SHOT", 0)
 
 
-def write_inputs(folder: Path) -> None:
-    """Seeds and held-out rows; the model is conftest.make_model's."""
-    (folder / "seeds.txt").write_text("Say hi.\nName a fruit.\n\nCount to three.\nSing.\n")
-    (folder / "heldout.jsonl").write_text(data.to_jsonl(HELDOUT))
-
-
 def flags(folder: Path, out: str, **more) -> list[str]:
-    """The command line of a run in a folder with a model and write_inputs()."""
-    settings = {
-        "out": folder / out,
-        "model": folder / "model",
-        "seed_questions": folder / "seeds.txt",
-        "heldout": folder / "heldout.jsonl",
-    }
+    settings = {"out": folder / out, "model": folder / "model"}
+    settings |= {"seed_questions": folder / "seeds.txt", "heldout": folder / "heldout.jsonl"}
     words = FLAGS.split()
     for name, value in (settings | more).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     return words
-
-
-def config(folder: Path, out: str, **more) -> seif.Config:
-    """The same run for seif.train()."""
-    return seif.read_config(flags(folder, out, **more))
 
 
 def run_command(capsys, argv: list) -> str:
@@ -107,16 +85,6 @@ def run_command(capsys, argv: list) -> str:
 def rows_of(path: Path, stage: str = "") -> list[dict]:
     """The rows of a file of JSON lines, or a log's rows of one stage."""
     return [row for _, row in data.read_jsonl(path) if stage in ("", row.get("stage"))]
-
-
-def saved_adapters(folder: Path) -> dict[str, dict]:
-    """Role -> tensors of the last saved state."""
-    return torch.load(folder / "state.pt", weights_only=True)["adapters"]
-
-
-def assert_equal(a, b) -> None:
-    """The same tensors, to the bit."""
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def adapters(folder: Path) -> dict:
