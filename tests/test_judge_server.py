@@ -71,15 +71,13 @@ def content(body: dict) -> str:
     return body["messages"][0]["content"]
 
 
-# fmt: off
 REPLIES = [
     (chat("Yes", {"Yes": 0.6, " yes": 0.1, "ĠNO": 0.2, "Yesterday": 0.1}), 7 / 9),
     (chat("Maybe", {"Maybe": 0.9, "yes": 1e-5}), math.nan), (chat(None), math.nan),
     (chat("**No**, because"), 0), (chat("<b>YES</b>"), 1), (chat("Not sure, yes"), math.nan),
     (chat("<think>\nno\n</think>\n\nYes.", {"no": 1.0}), 1),
     (chat("no", {"Yes": 0.5}, reasoning_content="Yes, or ..."), 0),
-]
-# fmt: on
+]  # fmt: skip
 
 
 def test_p_yes_is_by_the_first_token_or_the_first_word(server):
@@ -131,16 +129,6 @@ def test_a_wrong_url_model_or_key_is_one_line_at_once(server, status, requests):
     assert KEY not in str(error.value) and len(server.seen) == requests
 
 
-def test_a_run_asks_the_server_before_it_loads_a_model(
-    setup, server, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(seif, "load_policy", None)
-    server.reply = lambda body: (404, "no model bigg")
-    argv = setup("run", hard_fraction=0, judge_url=server.url, judge_model="bigg")
-    assert "HTTP 404 no model bigg; check --judge-url" in run_command(capsys, argv)
-    assert not (tmp_path / "run/config.json").exists()
-
-
 def verdict(body: dict) -> dict:
     p = (len(content(body)) % 9 + 0.5) / 9
     return chat("", {"yes": p, "no": 1 - p})
@@ -154,6 +142,10 @@ def test_a_run_judged_by_a_server_outlives_it(setup, server, tmp_path, monkeypat
     soft = [f"Write like a {name}." for name in ("poet", "child", "king", "cook", "sailor")]
     monkeypatch.setattr(judge, "parse_proposal", lambda text, count: (soft[:count], ""))
     more = {**ONE_STEP, "hard_fraction": 0, "filter": "llm", "judge_model": "big"}
+    # It is asked once before a model is loaded.
+    server.reply = lambda body: (404, "no model")
+    assert "404 no model" in run_command(capsys, setup("run", **more, judge_url=server.url))
+    assert not (tmp_path / "run").exists()
     server.reply = lambda body: HANG_UP if "check: Write" in content(body) else verdict(body)
     text = run_command(capsys, setup("run", **more, judge_url=server.url))
     assert text.endswith("; start the server; the same command resumes the run")

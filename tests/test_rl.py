@@ -25,7 +25,6 @@ NOT_CAUSAL = "cannot be loaded as a causal language model"
 # Share of the layers' weights without LoRA, counted by hand. 0 for all other kinds.
 LEFT_OUT = {"qwen3-moe": "67%", "moe-after-mlp": "67%", "gpt-oss": "89%", "mamba": "29%"}
 QKVO, MOE = "q_proj k_proj v_proj o_proj", {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-# fmt: off
 # Config, its sizes; leaf names of layers with LoRA; the reasons printed for those without.
 PLACES = [
     # Experts directly in the decoder layer, beside a dense MLP of the same names.
@@ -42,8 +41,7 @@ PLACES = [
     ("DeepseekV4Config",
      {"n_routed_experts": 4, "o_groups": 2, "q_lora_rank": 16, "o_lora_rank": 16, **MOE},
      "q_a_proj q_b_proj kv_proj o_b_proj", "2 DeepseekV4GroupedLinear with a forward of its own;"),
-]
-# fmt: on
+]  # fmt: skip
 
 
 @torch.no_grad()
@@ -264,8 +262,10 @@ def test_k3_and_token_loss_by_hand():
 
 
 @pytest.mark.parametrize("engine", ["plain", "packed"])
-@pytest.mark.parametrize("num_minibatches, lr, temperature", [(1, 0.0, 0.7), (2, 3.0, 1.0)])
-def test_the_gradient_by_hand(folders, engine, num_minibatches, lr, temperature, monkeypatch):
+@pytest.mark.parametrize(
+    "num_minibatches, lr, temperature, kind", [(1, 0.0, 0.7, "dr_grpo"), (2, 3.0, 1.0, "grpo")]
+)
+def test_the_gradient_by_hand(folders, engine, num_minibatches, lr, temperature, kind, monkeypatch):
     policy = load_trained(folders("llama"), engine)
     policy.copy("follower", "ref")
     randomise(policy, "ref", seed=9)
@@ -273,11 +273,11 @@ def test_the_gradient_by_hand(folders, engine, num_minibatches, lr, temperature,
     groups, parameters, gradients = rewarded_groups(policy), adapter(policy), []
     # The last token is an EOS. It counts, though it is the padding token, too.
     assert policy.chat.tokenizer.pad_token_id == IM_END in policy.chat.eos
-    for s in sum(groups, []):
-        s.tokens[-1] = IM_END
+    for i, s in enumerate(sum(groups, [])):
+        s.tokens = [*s.tokens[: i + 2], IM_END]
     start, optimizer = copies(parameters), torch.optim.SGD(parameters, lr)
     optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad for p in parameters]))
-    settings = {"num_minibatches": num_minibatches, "temperature": temperature}
+    settings = {"num_minibatches": num_minibatches, "temperature": temperature, "advantage": kind}
     metrics = step(policy, groups, optimizer, "ref", **settings)
     for parameter, value in zip(parameters, start):
         parameter.data.copy_(value)
@@ -295,6 +295,9 @@ def test_the_gradient_by_hand(folders, engine, num_minibatches, lr, temperature,
             held = torch.where(advantage > 0, ratio.clamp(max=1.3), ratio.clamp(min=0.8))
             d = (reference - logp).clamp(-10, 10)
             loss = 0.05 * (d.exp() - d - 1) - held * advantage
+            if kind == "grpo":
+                lengths = torch.cat([torch.full((n,), n) for n in (len(s.tokens) for s in samples)])
+                loss = loss * (len(lengths) / len(samples) / lengths)
             expected = torch.autograd.grad(loss.mean(), parameters)
         losses.append(loss.detach())
         clipped.append((held != ratio).float())
