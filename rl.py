@@ -370,7 +370,10 @@ def rloo(rewards: Tensor) -> Tensor:
 
 
 def dr_grpo(rewards: Tensor) -> Tensor:
-    """A_i = R_i - mean, since std overweights easy and hard prompts (Liu et al. 2025)."""
+    """A_i = R_i - mean, since std overweights easy and hard prompts (Liu et al. 2025).
+
+    Their other change holds for all three: the loss is a mean over the tokens of a minibatch.
+    """
     return rewards - rewards.mean()
 
 
@@ -414,9 +417,10 @@ def token_loss(logp, old_logprobs, ref_logprobs, advantage, kl_coef) -> tuple[Te
 def grpo_step(policy: Policy, role, ref_role, groups, optimizer, cfg, temperature: float) -> dict:
     """Update `role` on one rollout: groups of rewarded samples. ref_role: the KL reference.
 
-    cfg: num_minibatches, kl_coef, advantage. The loss is a mean over a minibatch's tokens, with
-    "grpo" first over each sample's (equation 3). With several minibatches old_logprobs are computed
-    first, as the new ones are. Returns metrics. A non-finite gradient is skipped and counted.
+    cfg: num_minibatches, kl_coef, advantage. The loss is a mean over the tokens of a minibatch: by
+    the mean of the samples' means (equation 3) long failures lost less per token, and answers grew
+    until half were cut off. With several minibatches old_logprobs are computed first, as the new
+    ones are. Returns metrics. A minibatch with a non-finite gradient is skipped and counted.
     """
     kept = with_advantages(groups, cfg.advantage)
     zero_std = 1 - len(kept) / max(1, len(groups))
@@ -434,7 +438,7 @@ def grpo_step(policy: Policy, role, ref_role, groups, optimizer, cfg, temperatur
     norms = []
     for k in range(num_minibatches):
         minibatch = [s for group in kept[k::num_minibatches] for s in group]
-        work = partial(backward, policy, role, minibatch, parameters, cfg, temperature)
+        work = partial(backward, policy, role, minibatch, parameters, cfg.kl_coef, temperature)
         parts = policy.retry_on_oom(work)
         step = partial(apply_gradient, parameters, minibatch, optimizer)
         norm = policy.retry_on_oom(step, retry=False)
@@ -464,12 +468,11 @@ def score(policy: Policy, role: str | None, samples, name: str, temperature: flo
     policy.retry_on_oom(work)
 
 
-def backward(policy, role, samples, parameters, cfg, temperature) -> dict[str, float]:
+def backward(policy, role, samples, parameters, kl_coef, temperature) -> dict[str, float]:
     """The gradient of the summed token loss, one autograd graph at a time. Sums over tokens."""
     for parameter in parameters:
         parameter.grad = None
     pairs = [(s.prompt, s.tokens) for s in samples]
-    mean_length = sum(len(s.tokens) for s in samples) / len(samples)
     sums = dict.fromkeys(("loss", "kl", "clipped", "entropy"), 0.0)
     # subtle: backward() may recompute layers, so the adapter stays active until it is done.
     with policy.using(role):
@@ -480,13 +483,10 @@ def backward(policy, role, samples, parameters, cfg, temperature) -> dict[str, f
             old, ref = detached, detached
             if batch[0].old_logprobs is not None:
                 old = torch.cat([s.old_logprobs for s in batch])
-            if cfg.kl_coef:
+            if kl_coef:
                 ref = torch.cat([s.ref_logprobs for s in batch])
             advantage = torch.cat([torch.full_like(v, s.advantage) for s, v in zip(batch, values)])
-            loss, kl, clipped = token_loss(logp, old, ref, advantage, cfg.kl_coef)
-            if cfg.advantage == "grpo":
-                # Samples weigh alike, whatever their length.
-                loss = loss * torch.cat([torch.full_like(v, mean_length / len(v)) for v in values])
+            loss, kl, clipped = token_loss(logp, old, ref, advantage, kl_coef)
             loss.sum().backward()
             for name, value in zip(sums, (loss, kl, clipped, -detached)):
                 sums[name] += value.detach().float().sum().item()
