@@ -417,10 +417,10 @@ def token_loss(logp, old_logprobs, ref_logprobs, advantage, kl_coef) -> tuple[Te
 def grpo_step(policy: Policy, role, ref_role, groups, optimizer, cfg, temperature: float) -> dict:
     """Update `role` on one rollout: groups of rewarded samples. ref_role: the KL reference.
 
-    cfg: num_minibatches, kl_coef, advantage. The loss is a mean over the tokens of a minibatch: by
-    the mean of the samples' means (equation 3) long failures lost less per token, and answers grew
-    until half were cut off. With several minibatches old_logprobs are computed first, as the new
-    ones are. Returns metrics. A minibatch with a non-finite gradient is skipped and counted.
+    cfg: num_minibatches, kl_coef, advantage. The loss is a mean over the tokens of a minibatch, not
+    over the samples' means (equation 3): by those, answers grew until half were cut off. With
+    several minibatches old_logprobs are computed first, as the new ones are. Returns metrics. A
+    minibatch with a non-finite gradient is skipped and counted.
     """
     kept = with_advantages(groups, cfg.advantage)
     zero_std = 1 - len(kept) / max(1, len(groups))
