@@ -44,7 +44,7 @@ MIN_ANSWER_WORDS = 20
 MAX_BOUNDED = 1 / 8
 # A line of a seed question that looks like an option: a mark before it, or no full stop after it.
 OPTION = r"(?:[-*•]|\(?\w{1,2}[.):])\s.*|.*[^.?!:]"
-# A seed question that "My answer is yes." answers.
+# A seed question that the words "My answer is yes." alone answer.
 YES_NO = r"(?:^|[.!]\s+)(?:is|are|was|were|do|does|did|ha[sd]|have|can|[cws]h?ould|will)\b.*\?"
 # English words per token, to reject "at least 500 words" under a limit of 128 tokens.
 WORDS_PER_TOKEN = 0.75
@@ -83,9 +83,6 @@ def rule_filter(question: Question, max_new_tokens: int, checkable=False, min_wo
     known = [p for p in parsed if p]
     if find_contradiction(known):
         return "contradiction"
-    fixed = any(category(id) == "constrained_response" for id, _ in known)
-    if fixed and not re.search(YES_NO, question.seed_question.lower()):
-        return "no question of yes or no"
     # As in SEIF, the hard constraints of an instruction are of different categories.
     if question.kind == "hard" and len({name for name, _ in known}) < len(known):
         return "same category twice"
@@ -254,10 +251,11 @@ def is_echo(question: Question, answer: str) -> bool:
 def length_factor(question: Question, answer: str) -> float:
     """min(1, words / 20), where 20 is less if the constraints allow fewer words.
 
-    1 where a constraint limits the sentences or fixes the answer.
+    1 where a constraint limits the sentences, or fixes the answer to a question of yes or no.
     """
     parsed = [p for p in parsed_constraints(question) if p]
     fixed = any(category(id) == "constrained_response" for id, _ in parsed)
+    fixed = fixed and re.search(YES_NO, question.seed_question.lower())
     if fixed or allowed_count(parsed, "sentences")[1] < math.inf:
         return 1.0
     floor = max(1, min(MIN_ANSWER_WORDS, allowed_count(parsed, "words")[1]))

@@ -297,7 +297,7 @@ def write_questions(run: Run, rng: random.Random) -> tuple[list[Question], Count
     def keep_accepted(proposals: list[Sample]) -> list[str]:
         """Adds the accepted proposals to `questions`. Returns the seed questions of the others."""
         for s in run.judge.accept(proposals):
-            size = max(len(questions) + 1, 3 * count // 4)
+            size = max(len(questions) + 1, count // 2)
             s.rejected = admit_question(s.question, categories, size) if rules else ""
             if not s.rejected:
                 questions.append(s.question)

@@ -119,8 +119,8 @@ def example_proposals(rng: random.Random) -> list[str]:
 def instructor_prompts(seed_questions, kinds, per_draw: int, rng: random.Random):
     """Messages per seed question. So many in a row share their examples, and so their beginning.
 
-    No example is drawn twice before the pool is used up. The pool shows every category, those that
-    small models can learn more often. A proposal's categories are mostly those of its examples.
+    No example is drawn twice before the pool is used up. The pool shows every category equally
+    often, and the categories of a proposal are mostly those of its examples.
     """
     pools = {kind: few_shot_examples(kind) for kind in NUM_CONSTRAINTS}
     pools = {kind: rng.sample(pool, len(pool)) for kind, pool in pools.items()}
