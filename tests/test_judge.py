@@ -79,18 +79,19 @@ ECHOES = [
     ("Translate to French:\nThe cat is black.", "The cat is black.", True),
 ]
 PROSE = "Glass has no grain that could scatter light, so most of it passes straight through panes."
+OPTIONS = "Answer with one of the following options: ('yes', 'no')"
 # Constraint, answer, factor of its reward.
 LENGTHS = [
     ("Use no commas.", "one two three four five", 5 / 20),
     ("Use no commas.", PROSE + " Or so we hope.", 1),
     ("Answer with at most 4 words.", "one two three", 3 / 4),
     ("Answer with at most 40 words.", "one two three", 3 / 20),
-    # What caps sentences or fixes the answer may be short.
+    # What caps sentences may be short, or answers a question of yes or no.
     ("Answer with at most 2 sentences.", "Yes.", 1),
     ("Answer with at least 2 sentences.", "Yes. No.", 2 / 20),
     # Two characters count as a word in scripts that do not separate words.
     ("Use no commas.", "ガラスは透明です。 Clear?", 5 / 20),
-    ("Answer with one of the following options: ('yes', 'no')", "yes", 1),
+    (OPTIONS, "yes", 1 / 20),
 ]
 # fmt: on
 
@@ -211,6 +212,8 @@ def test_an_echo_of_the_instruction_has_no_reward(seed_question, answer, is_echo
 def test_the_length_penalty_lowers_the_reward_of_short_answers(constraint, answer, factor):
     expected = pytest.approx(factor / 2)
     assert reward(answer, hard(constraint), "length,repetition", [YES, NO]) == expected
+    for seed_question in ("Is glass a liquid?", "I wonder. Should cars be banned?"):
+        assert reward("yes", Question(seed_question, "hard", (OPTIONS,)), "length") == 1
 
 
 def test_the_repetition_penalty_takes_the_reward_of_a_loop():
