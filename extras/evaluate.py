@@ -103,17 +103,18 @@ def best_turn(evaluations: list[dict]) -> str:
     """The turn of highest accuracy whose log p and relevance stay near the base model's."""
     base = evaluations[0]["heldout_base"]
     kept = {}
+    texts = [f"log p within {MAX_LOGP_LOSS:.0%}, relevance within {MAX_RELEVANCE_LOSS:.0%} of base"]
     for row in evaluations:
         figures = row["heldout_follower"]
         # None where no row names a seed question. Log p is negative.
-        limit = (1 + MAX_LOGP_LOSS) * (base["logp"] or -np.inf)
-        worse_logp = figures["logp"] and figures["logp"] < limit
+        lower = figures["logp"] / base["logp"] - 1 if figures["logp"] and base["logp"] else 0.0
         lost = (base["relevance"] or 0) - (figures["relevance"] or 0)
-        if not worse_logp and lost <= MAX_RELEVANCE_LOSS:
+        if lower <= MAX_LOGP_LOSS and lost <= MAX_RELEVANCE_LOSS:
             kept[row["turn"]] = figures["instruction_strict"] or 0.0
-    limits = f"log p within {MAX_LOGP_LOSS:.0%}, relevance within {MAX_RELEVANCE_LOSS:.0%} of base"
-    best = max(kept, key=kept.get, default=None)
-    return f"best turn: {best or 'none'} ({limits}); eval, chat and merge take it by --turn"
+        else:
+            texts.append(f"turn {row['turn']}: log p {-lower:+.0%}, relevance {-lost:+.0%}")
+    best = max(kept, key=kept.get, default="none")
+    return f"best turn: {best} ({'; '.join(texts)}); eval, chat and merge take it by --turn"
 
 
 def greedy_answers(policy, role: str | None, prompts: list[str], cfg) -> list[rl.Sample]:

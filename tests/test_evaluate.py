@@ -158,7 +158,8 @@ def test_the_best_turn_keeps_log_p_and_relevance():
     longer = [first, row(2, 0.5, -0.56, 0.91), row(3, 0.6, -0.6, 0.95)]
     assert evaluate.best_turn([*longer, row(4, 0.45, -0.4, 0.99)]).startswith("best turn: 4 ")
     assert evaluate.best_turn(longer).startswith("best turn: 1 ")
-    assert evaluate.best_turn([first | row(1, 0.9, -0.6, 0.95)]).startswith("best turn: none ")
+    text = evaluate.best_turn([first | row(1, 0.9, -0.6, 0.94)])
+    assert text.startswith("best turn: none ") and "turn 1: log p -20%, relevance -1%" in text
     # Rows without seed questions have neither figure.
     unknown = {"heldout_base": {"logp": None, "relevance": None}} | row(1, 0.4, None, None)
     assert evaluate.best_turn([unknown]).startswith("best turn: 1 ")
