@@ -44,7 +44,7 @@ MIN_ANSWER_WORDS = 20
 MAX_BOUNDED = 1 / 8
 # A line of a seed question that looks like an option: a mark before it, or no full stop after it.
 OPTION = r"(?:[-*•]|\(?\w{1,2}[.):])\s.*|.*[^.?!:]"
-# A seed question that the words "My answer is yes." alone answer.
+# A yes-or-no question: "My answer is yes." is a whole answer to it.
 YES_NO = r"(?:^|[.!]\s+)(?:is|are|was|were|do|does|did|ha[sd]|have|can|[cws]h?ould|will)\b.*\?"
 # English words per token, to reject "at least 500 words" under a limit of 128 tokens.
 WORDS_PER_TOKEN = 0.75
@@ -251,11 +251,11 @@ def is_echo(question: Question, answer: str) -> bool:
 def length_factor(question: Question, answer: str) -> float:
     """min(1, words / 20), where 20 is less if the constraints allow fewer words.
 
-    1 where a constraint limits the sentences, or fixes the answer to a question of yes or no.
+    1 where a constraint limits the sentences, or fixes the answer to a yes-or-no question.
     """
     parsed = [p for p in parsed_constraints(question) if p]
-    fixed = any(category(id) == "constrained_response" for id, _ in parsed)
-    fixed = fixed and re.search(YES_NO, question.seed_question.lower())
+    yes_no = re.search(YES_NO, question.seed_question.lower())
+    fixed = yes_no and any(category(id) == "constrained_response" for id, _ in parsed)
     if fixed or allowed_count(parsed, "sentences")[1] < math.inf:
         return 1.0
     floor = max(1, min(MIN_ANSWER_WORDS, allowed_count(parsed, "words")[1]))

@@ -292,7 +292,8 @@ class Policy:
         # One draw per sample and position, so the batch size changes nothing but rounding.
         uniform = 1 - torch.rand(len(prompts), n, max_new_tokens)
         work = partial(self.engine.sample, prompts, uniform, temperature)
-        groups, sampled = [], self.retry_on_oom(work, inference=True) if prompts else []
+        groups = []
+        sampled = self.retry_on_oom(work, inference=True) if prompts else []
         for asked, prompt, rows in zip(messages, prompts, sampled):
             prefill = asked[-1]["content"] if asked[-1]["role"] == "assistant" else ""
             # Decoded after the prompt: some tokenizers drop the space that a text starts with.
@@ -417,10 +418,10 @@ def token_loss(logp, old_logprobs, ref_logprobs, advantage, kl_coef) -> tuple[Te
 def grpo_step(policy: Policy, role, ref_role, groups, optimizer, cfg, temperature: float) -> dict:
     """Update `role` on one rollout: groups of rewarded samples. ref_role: the KL reference.
 
-    cfg: num_minibatches, kl_coef, advantage. The loss is a mean over the tokens of a minibatch, not
-    over the samples' means (equation 3): by those, answers grew until half were cut off. With
-    several minibatches old_logprobs are computed first, as the new ones are. Returns metrics. A
-    minibatch with a non-finite gradient is skipped and counted.
+    cfg: num_minibatches, kl_coef, advantage. The loss is a mean over the tokens of a minibatch.
+    Equation 3 averages over each sample first. In a run with that the answers became longer until
+    half were cut off. With several minibatches old_logprobs are computed before the first update,
+    by the same code as the new ones. Returns metrics. Non-finite gradients are skipped and counted.
     """
     kept = with_advantages(groups, cfg.advantage)
     zero_std = 1 - len(kept) / max(1, len(groups))

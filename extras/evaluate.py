@@ -8,7 +8,7 @@ Accuracy can rise with emptier answers, since verifiers check form alone. Other 
     repeated     share of answers that repeat themselves
     lower_bound  accuracy on instructions with a lower bound of words or sentences
     logp         log p(answer | prompt) under the base model, mean per token, of answers that do not
-                 repeat themselves: a loop has a high log p, and to stop looping is no loss
+                 repeat themselves: a loop has a high log p under any model
     relevance    share of answers with a PMI above the lowest 5 % of the base model's free answers
                  (after IFDecorator, arXiv 2508.04632). PMI: log p(answer | seed question) -
                  log p(answer | another one), mean per token, under the base model
@@ -322,7 +322,7 @@ def main(argv: list[str], open_run) -> None:
     parser = argparse.ArgumentParser("seif.py eval", description=main.__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--data", help="rows in IFEval's format; default: the run's held-out rows")
-    parser.add_argument("--ifbench", action="store_true", help="IFBench's 300 rows instead")
+    parser.add_argument("--ifbench", action="store_true", help="IFBench's rows instead")
     parser.add_argument("--base", action="store_true", help="the base model instead")
     parser.add_argument("--paired", action="store_true", help="both, and test the difference")
     parser.add_argument("--turn", type=int, default=0, help="the Follower's turn; 0: the last")
